@@ -1,0 +1,231 @@
+"""Every hyper-parameter, written once; the flags of train.py are made from it.
+
+A `None` default means "chosen for the data": see PRESETS.
+"""
+
+import dataclasses
+import math
+
+from ddp.loss import DISTANCES, WEIGHTINGS
+from ddp.model import PREDICTIONS
+from ddp.network import ACTIVATIONS, INITS, NORM_NAMES
+from ddp.schedule import SCHEDULES
+
+LR_SCHEDULES = {  # progress in [0, 1] -> the share of --lr
+    "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+    "linear": lambda p: 1 - p,
+    "constant": lambda p: 1.0,
+}
+DEFAULT_EPOCHS = 100
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+# The network's size where no flag gives it. `pictures` serves every other image dataset.
+PRESETS = {
+    "digits": {"width": 40, "depth": 2, "multipliers": [1, 2], "patch": 1},
+    "mnist": {"width": 48, "depth": 2, "multipliers": [1, 2], "patch": 2},
+    "fashion_mnist": {"width": 48, "depth": 2, "multipliers": [1, 2], "patch": 2},
+    "pictures": {"width": 64, "depth": 2, "multipliers": [1, 2, 2], "patch": 2},
+    "points": {"width": 128, "depth": 4, "multipliers": [1], "patch": 1},
+}
+
+
+def integers(text):
+    """'4,8' or '4 8' -> [4, 8]."""
+    return [int(word) for word in str(text).replace(",", " ").split()]
+
+
+def image_size(text):
+    """'28' -> [28, 28], '30x45' -> [30, 45] (height x width)."""
+    sides = [int(side) for side in str(text).lower().split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise ValueError
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def flag(default, help, kind=None, choices=None, at_least=None, above=None, at_most=None):
+    """A field of Config: its default, and what its flag needs: help, type, choices and bounds."""
+    kind = kind or type(default)
+    metadata = dict(help=help, kind=kind, choices=choices and list(choices))
+    metadata.update(at_least=at_least, above=above, at_most=at_most)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass
+class Config:
+    # data
+    dataset: str = flag("digits", "a dataset by name, or a folder or .zip of pictures")
+    data_dir: str = flag("data", "where downloaded datasets lie, or are put")
+    image_size: list = flag(None, "size of pictures from a folder: N, or HxW", image_size)
+    channels: int = flag(None, "1 grey, 3 colour (default: as the pictures are)", int, (1, 3))
+    test_fraction: float = flag(0.1, "share of a folder kept for testing", above=0, at_most=0.5)
+    # the forward process
+    schedule: str = flag("cosine", "noise schedule", choices=SCHEDULES)
+    timesteps: int = flag(1000, "steps of the discrete process; 0 is continuous time", at_least=0)
+    # the reverse network
+    width: int = flag(None, "channels of the first resolution", int, at_least=8)
+    depth: int = flag(None, "blocks in each resolution", int, at_least=1)
+    multipliers: list = flag(None, "width of each resolution, in units of --width", integers)
+    patch: int = flag(None, "pixels of a side folded into channels at the door", int, at_least=1)
+    attention: list = flag([], "feature-map sizes that get self-attention, such as 4,8", integers)
+    norm: str = flag("batch", "normalisation", choices=NORM_NAMES)
+    activation: str = flag("leaky_relu", "activation", choices=ACTIVATIONS)
+    negative_slope: float = flag(0.01, "slope of LeakyReLU below zero", at_least=0, at_most=1)
+    dropout: float = flag(0.0, "share of activations dropped in training", at_least=0, at_most=0.9)
+    init: str = flag("kaiming", "weight initialisation", choices=INITS)
+    conditional: bool = flag(False, "tell the network the labels")
+    label_dropout: float = flag(0.1, "share of labels hidden in training", at_least=0, at_most=1)
+    # the objective
+    predict: str = flag("v", "what the network's output means", choices=PREDICTIONS)
+    weighting: str = flag("v", "weight of the noise levels", choices=WEIGHTINGS)
+    loss: str = flag("mse", "distance", choices=DISTANCES)
+    # the optimiser
+    epochs: float = flag(None, "passes over the data (default: 100)", float, above=0)
+    max_steps: int = flag(None, "stop after this many steps", int, at_least=1)
+    max_minutes: float = flag(None, "stop after this many minutes", float, above=0)
+    lr: float = flag(1e-3, "peak learning rate", above=0)
+    lr_schedule: str = flag("cosine", "course of the learning rate", choices=LR_SCHEDULES)
+    warmup: int = flag(100, "steps in which the learning rate rises", at_least=0)
+    batch_size: int = flag(128, "items in a batch", at_least=1)
+    weight_decay: float = flag(0.01, "AdamW's weight decay", at_least=0)
+    grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is no limit", at_least=0)
+    grad_accumulation: int = flag(1, "batches in a step", at_least=1)
+    ema_decay: float = flag(0.999, "decay of the averaged weights", at_least=0, at_most=0.999999)
+    seed: int = flag(0, "the run is a function of it", at_least=0, at_most=2**32 - 1)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: str = flag("auto", "arithmetic of the network in training", choices=PRECISIONS)
+    # the run
+    name: str = flag(None, "name of the run (default: the dataset's)", str)
+    out_dir: str = flag("checkpoints", "where runs are written")
+    save_every: int = flag(
+        None, "steps between checkpoints (default: a tenth of the run)", int, at_least=1
+    )
+    keep: int = flag(2, "numbered checkpoints to keep", at_least=0)
+    sample_every: int = flag(
+        None, "steps between grids of samples (default: as --save_every)", int, at_least=1
+    )
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check(field, getattr(self, field.name))
+        if self.norm == "batch" and self.batch_size == 1:
+            raise ValueError(
+                "--batch_size 1 gives BatchNorm nothing to average; use 2 or more, or --norm"
+            )
+
+    def network(self):
+        """The keyword arguments of ddp.network.reverse_network."""
+        names = "width depth multipliers patch attention norm activation negative_slope dropout"
+        return {name: getattr(self, name) for name in [*names.split(), "init"]}
+
+    def data(self):
+        """The keyword arguments of ddp.data.load."""
+        names = "data_dir seed image_size channels test_fraction"
+        return {"name": self.dataset} | {name: getattr(self, name) for name in names.split()}
+
+    def for_data(self, dataset):
+        """This config with every size that was left open chosen for the data.
+
+        Raises ValueError when the data cannot be used as the config says."""
+        if self.conditional and not dataset.classes:
+            raise ValueError(f"--conditional: {self.dataset} has no labels; leave the flag out")
+        kind = self.dataset if self.dataset in PRESETS else "pictures"
+        if not dataset.is_image:
+            kind = "points"
+            if self.attention or (self.patch or 1) > 1 or (self.multipliers or [1]) != [1]:
+                raise ValueError(
+                    "--attention, --patch and --multipliers are for images, not points"
+                )
+        missing = {k: v for k, v in PRESETS[kind].items() if getattr(self, k) is None}
+        return dataclasses.replace(self, **missing)
+
+    def steps(self, count):
+        """Steps in a run on `count` training items, or None when --max_minutes governs it."""
+        epochs = self.epochs
+        if epochs is None and self.max_steps is None and self.max_minutes is None:
+            epochs = DEFAULT_EPOCHS
+        items = self.batch_size * self.grad_accumulation
+        limits = [math.ceil(epochs * count / items)] if epochs else []
+        return min(limits + ([self.max_steps] if self.max_steps else []), default=None)
+
+
+# What may change when a run is resumed. All else would make it another run.
+CHANGEABLE = {
+    *(
+        "data_dir",
+        "epochs",
+        "max_steps",
+        "max_minutes",
+        "lr",
+        "lr_schedule",
+        "warmup",
+        "weight_decay",
+    ),
+    *("grad_clip", "ema_decay", "device", "precision", "name", "out_dir", "save_every", "keep"),
+    "sample_every",
+}
+
+
+def merged(config, given):
+    """The config of a run with the flags `given` (a dict) on top.
+
+    Raises ValueError when a flag would make it another run."""
+    saved = dataclasses.asdict(config)
+    changed = [k for k in given if k not in CHANGEABLE and given[k] != saved[k]]
+    if changed:
+        k = changed[0]
+        raise ValueError(
+            f"--{k} {given[k]} is not the resumed run's {saved[k]}; leave it out or start anew"
+        )
+    limits = ("epochs", "max_steps", "max_minutes")
+    if any(k in given for k in limits):  # a new limit takes the place of the old ones
+        saved.update(dict.fromkeys(limits))
+    return Config(**{**saved, **given})
+
+
+def spellings(name):
+    """--batch_size and --batch-size are one flag."""
+    return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
+
+
+def argument(field):
+    """The keyword arguments of add_argument for a field of Config."""
+    kind, default = field.metadata["kind"], field.default
+    if kind is bool:
+        return {"dest": field.name, "action": "store_true", "help": field.metadata["help"]}
+    shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
+    return {
+        "dest": field.name,
+        "type": kind,
+        "choices": field.metadata["choices"],
+        "metavar": None if field.metadata["choices"] else field.name.upper(),
+        "help": field.metadata["help"].replace("%", "%%") + shown,
+    }
+
+
+def check(field, value):
+    """Raise ValueError, in the words of the flag, when the value of a field is out of bounds."""
+    bounds = field.metadata
+    if value is None:
+        return
+    wanted = None
+    if bounds["choices"] and value not in bounds["choices"]:
+        wanted = f"one of {', '.join(map(str, bounds['choices']))}"
+    elif isinstance(value, float) and not math.isfinite(value):
+        wanted = "a finite number"
+    elif bounds["at_least"] is not None and value < bounds["at_least"]:
+        wanted = f"at least {bounds['at_least']}"
+    elif bounds["above"] is not None and value <= bounds["above"]:
+        wanted = f"more than {bounds['above']}"
+    elif bounds["at_most"] is not None and value > bounds["at_most"]:
+        wanted = f"at most {bounds['at_most']}"
+    if wanted:
+        raise ValueError(f"--{field.name} {value}: expected {wanted}")
+
+
+def expect(args, **least):
+    """Raise ValueError when a flag in `args` is below its least value."""
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {bound}")

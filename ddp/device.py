@@ -1,0 +1,42 @@
+"""What this machine has: the device, and the arithmetic that pays on it."""
+
+import torch
+
+
+def pick_device(name="auto"):
+    """The torch.device called `name`; auto is CUDA, else MPS, else the CPU.
+
+    Raises ValueError when this machine or this build of PyTorch lacks it."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"--device {name} cannot be used here ({reason}); try auto or cpu"
+        ) from None
+    return device
+
+
+def has_fast_bf16(device):
+    """Whether bf16 convolutions are faster than fp32 here: by capability, so that a run that is
+    resumed on the same machine computes in the same way."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # private names, so a future PyTorch without them means fp32
+    probes = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return device.type == "cpu" and any(getattr(torch.cpu, p, lambda: False)() for p in probes)
+
+
+def pick_precision(name, device):
+    """fp32, bf16 or fp16 for `name`; auto is bf16 where it is fast. Raises ValueError for fp16 on a
+    CPU, whose small range only CUDA's kernels handle well."""
+    if name == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError(f"--precision fp16 needs a CUDA GPU, not {device.type}; use bf16 or fp32")
+    return name

@@ -1,0 +1,130 @@
+"""What people look at: grids, scatters, curves, animations. Each returns a PIL image or a
+Figure."""
+
+import math
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+CELL = 48  # pixels: pictures smaller than this are enlarged, so that an 8x8 digit can be read
+LINE = (96, 96, 128)  # of the separators: neither black nor white, nor any grey
+
+
+def scale_for(height, width):
+    return max(1, round(CELL / max(height, width)))
+
+
+def grid(images, columns=None):
+    """uint8 (N, C, H, W) -> one picture, row by row, enlarged by whole pixels, with separators."""
+    images = np.asarray(images)
+    count, _, height, width = images.shape
+    columns = min(count, columns or math.ceil(math.sqrt(count)))
+    rows, k, gap = -(-count // columns), scale_for(height, width), 2
+    cells = images.repeat(k, axis=2).repeat(k, axis=3).transpose(0, 2, 3, 1)
+    height, width = height * k, width * k
+    canvas = np.empty((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), np.uint8)
+    canvas[:] = LINE
+    for i, cell in enumerate(cells):
+        top, left = (
+            n * (side + gap) + gap
+            for n, side in zip(divmod(i, columns), (height, width), strict=True)
+        )
+        canvas[top : top + height, left : left + width] = cell
+    return Image.fromarray(canvas)
+
+
+def scatter(points, real=None, title="samples"):
+    """Points (N, 2), beside real ones where they are given, on the same axes."""
+    panels = [(title, points)] + ([("data", real)] if real is not None else [])
+    figure = Figure(figsize=(5 * len(panels), 5), layout="constrained")
+    limit = np.abs(np.asarray(panels[-1][1])).max() * 1.15
+    for axes, (name, cloud) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+    ):
+        size = min(8.0, 4000 / max(1, len(cloud)) + 0.8)
+        axes.scatter(*np.asarray(cloud).T, s=size, linewidths=0, alpha=0.6)
+        axes.set(
+            xlim=(-limit, limit),
+            ylim=(-limit, limit),
+            aspect="equal",
+            title=f"{name} ({len(cloud):,})",
+        )
+    return figure
+
+
+def overview(items, real=None):
+    """Samples in one PIL image: a grid of pictures (N, C, H, W), or a scatter of points beside real
+    ones."""
+    return grid(items) if items.ndim == 4 else image_of(scatter(items, real))
+
+
+def image_of(figure, dpi=80):
+    """A Figure as a PIL image."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def loss_curve(rows):
+    """Training loss (raw, and smoothed) and test loss against the step. rows: dicts of log.csv."""
+    steps = np.array([int(r["step"]) for r in rows])
+    loss = np.array([float(r["loss"]) for r in rows])
+    window = max(1, len(loss) // 50)
+    total = np.cumsum(np.pad(loss, (window, 0), mode="edge"))
+    smooth = (total[window:] - total[:-window]) / window
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, loss, color="tab:blue", alpha=0.2, linewidth=0.7)
+    axes.plot(steps, smooth, color="tab:blue", label=f"train (mean of {window})")
+    tested = [(int(r["step"]), float(r["test_loss"])) for r in rows if r["test_loss"]]
+    if tested:
+        axes.plot(
+            *zip(*tested, strict=True), "o-", color="tab:orange", markersize=4, label="test (EMA)"
+        )
+    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+def loss_by_level(levels):
+    """Test loss against the noise level, in the three units. levels: rows of likelihood.losses."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for unit in ("x0", "eps", "v"):
+        axes.plot(
+            [r["log_snr"] for r in levels], [r[unit] for r in levels], "o-", label=f"{unit} units"
+        )
+    axes.set(
+        xlabel="log-SNR (noise on the left, data on the right)", ylabel="test loss", yscale="log"
+    )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+def side_by_side(pictures, titles):
+    """PIL images in a row, on white, each under its title and scaled down to the lowest."""
+    height, margin = min(p.height for p in pictures), 24
+    pictures = [p.resize((round(p.width * height / p.height), height)) for p in pictures]
+    width = sum(p.width + margin for p in pictures) + margin
+    canvas = Image.new("RGB", (width, height + 2 * margin), "white")
+    left = margin
+    for picture, title in zip(pictures, titles, strict=True):
+        canvas.paste(picture, (left, margin + margin // 2))
+        ImageDraw.Draw(canvas).text((left, 8), title, fill="black", font_size=16)
+        left += picture.width + margin
+    return canvas
+
+
+def save_animation(frames, path):
+    """A looping GIF of PIL images that rests on the last."""
+    duration = [60] * (len(frames) - 1) + [2000]
+    frames = [f.quantize(64, dither=Image.Dither.NONE) for f in frames]
+    frames[0].save(
+        path, format="GIF", save_all=True, append_images=frames[1:], duration=duration, loop=0
+    )

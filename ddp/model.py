@@ -1,0 +1,39 @@
+"""The two networks as one thing: what the reverse network's output means, as an estimate of the
+data."""
+
+from torch import nn
+
+from ddp.forward import alpha_sigma
+from ddp.network import reverse_network
+from ddp.schedule import Schedule
+
+# predict -> (c_skip, c_out): x0_hat = c_skip xt + c_out F. Salimans & Ho 2022, section 4 and
+# appendix D.
+PREDICTIONS = {
+    "x0": lambda alpha, sigma: (0.0, 1.0),
+    "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
+    "v": lambda alpha, sigma: (alpha, -sigma),
+}
+
+
+class DiffusionModel(nn.Module):
+    """A forward network (a schedule) and a reverse network, joined by `denoise`.
+
+    `config` is a ddp.config.Config, `event` the shape of one item, `classes` the number of labels
+    that the network is told of (0 when it is not conditional)."""
+
+    def __init__(self, config, event, classes=0):
+        super().__init__()
+        self.event, self.classes, self.predict = tuple(event), classes, config.predict
+        self.schedule = Schedule(config.schedule, config.timesteps)
+        self.network = reverse_network(self.event, classes=classes, **config.network())
+
+    @property
+    def clip(self):
+        """The range of the data, (-1, 1) for images; None for points, which have no bounds."""
+        return (-1.0, 1.0) if len(self.event) == 3 else None
+
+    def denoise(self, xt, log_snr, label=None):
+        """x0_hat (B, *event), the estimate of the data in xt (B, *event) at log_snr (B,)."""
+        c_skip, c_out = PREDICTIONS[self.predict](*alpha_sigma(log_snr, xt))
+        return c_skip * xt + c_out * self.network(xt, log_snr, label).to(xt.dtype)

@@ -1,0 +1,122 @@
+"""Samples on their way to files, in memory that does not grow with their number."""
+
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ddp import figures
+
+FORMATS = ("png", "grid", "npz", "gif")
+FILE_FORMATS = {".png": "grid", ".npz": "npz", ".gif": "gif"}
+SHOWN, SHOWN_POINTS = 100, 5000  # samples in a grid, points in a scatter
+ANIMATED, FRAMES = {True: 25, False: 1000}, 50  # is_image: samples in an animation; its frames
+
+
+def free_path(path):
+    """`path`, or the first of path-2, path-3, ... that does not exist."""
+    free, i = path, 1
+    while free.exists():
+        i += 1
+        free = path.with_name(f"{path.name}-{i}")
+    return free
+
+
+def plan(out, format, checkpoint):
+    """(path, formats) for what the user asked for; by default a grid in a new folder beside the
+    checkpoint. Raises ValueError when the two disagree or the path is taken."""
+    formats = format.split(",") if format else [FILE_FORMATS.get(Path(out or "").suffix, "grid")]
+    unknown = [f for f in formats if f not in FORMATS]
+    if unknown:
+        raise ValueError(f"--format {unknown[0]}: expected some of {','.join(FORMATS)}")
+    if out is None:
+        checkpoint = Path(checkpoint)
+        return free_path(checkpoint.with_name(f"{checkpoint.stem}-samples")), formats
+    out = Path(out)
+    if out.suffix in FILE_FORMATS and formats != [FILE_FORMATS[out.suffix]]:
+        raise ValueError(f"--out {out} is one file, but --format says {format}; give a folder")
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"--out {out} exists and is not overwritten; choose another, or remove it")
+    return out, formats
+
+
+class Folder:
+    """Writes samples as they come into a hidden folder, which takes its name `path` when all is
+    well; when `path` is a file, only that is kept. Afterwards `written` lists what is there.
+
+    event: the shape of a sample. total: how many will come. real: points to show beside, or
+    None."""
+
+    def __init__(self, path, formats, event, total, real=None, classes=()):
+        self.path, self.formats, self.total, self.real = path.absolute(), formats, total, real
+        self.is_image, self.classes = len(event) == 3, classes
+        self.item = (*event[1:], event[0]) if self.is_image else event
+        self.count, self.shown, self.labels, self.written = 0, [], [], []
+
+    def __enter__(self):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.partial")
+        self.temporary.mkdir()
+        if "npz" in self.formats:
+            # numpy writes whole arrays only; an .npz is a .zip of .npy files, so their bytes can
+            # follow
+            self.archive = zipfile.ZipFile(self.temporary / "samples.npz", "w")
+            name, dtype = ("images", "|u1") if self.is_image else ("points", "<f4")
+            self.array = self.archive.open(f"{name}.npy", "w", force_zip64=True)
+            header = {"descr": dtype, "fortran_order": False, "shape": (self.total, *self.item)}
+            np.lib.format.write_array_header_1_0(self.array, header)
+        return self
+
+    def add(self, items, labels=None):
+        """The next samples: uint8 (B, C, H, W) or float32 (B, D), and their labels (B,) or None."""
+        items = items.numpy()
+        wanted = (SHOWN if self.is_image else SHOWN_POINTS) - self.count
+        if wanted > 0:
+            self.shown.append(items[:wanted])
+        if self.is_image:
+            items = np.ascontiguousarray(items.transpose(0, 2, 3, 1))
+        if "npz" in self.formats:
+            self.array.write(items.tobytes())
+            if labels is not None:
+                self.labels.append(labels.cpu().numpy())
+        if "png" in self.formats and self.is_image:
+            for i, item in enumerate(items, self.count):
+                picture = Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
+                picture.save(self.temporary / f"{i:06d}.png")
+        self.count += len(items)
+
+    def animate(self, states):
+        """An animation of `states`, the samples from noise to data, in at most FRAMES frames."""
+        states = list(states)
+        keep = np.unique(np.linspace(0, len(states) - 1, FRAMES).round().astype(int))
+        frames = [figures.overview(states[i]) for i in keep]
+        figures.save_animation(frames, self.temporary / "process.gif")
+
+    def finish(self):
+        shown = np.concatenate(self.shown)
+        if "grid" in self.formats or ("png" in self.formats and not self.is_image):
+            figures.overview(shown, self.real).save(self.temporary / "grid.png")
+        if "npz" in self.formats:
+            self.array.close()
+            if self.labels:
+                with self.archive.open("labels.npy", "w") as f:
+                    np.lib.format.write_array(f, np.concatenate(self.labels))
+            self.archive.close()
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if kind is None:
+                self.finish()
+                if self.path.suffix in FILE_FORMATS:
+                    (only,) = self.temporary.iterdir()
+                    self.written = [only.replace(self.path)]
+                else:
+                    if self.path.exists():
+                        self.path.rmdir()  # empty, or plan would have refused
+                    self.temporary.replace(self.path)
+                    self.written = sorted(self.path.iterdir())
+        finally:
+            shutil.rmtree(self.temporary, ignore_errors=True)

@@ -1,0 +1,198 @@
+"""A run's folder: where it is, what is written there, and where a run goes on from."""
+
+import csv
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from ddp import figures
+from ddp.checkpoint import config_of, for_inference, read, replace, write
+from ddp.config import Config, merged
+from ddp.data import to_pixels
+from ddp.reverse import class_labels, final, generate
+
+CHECK_EVERY = 20  # steps between two looks at the losses on a GPU, where each look waits for it
+COLUMNS = ("step", "epoch", "loss", "grad_norm", "lr", "test_loss")
+GRID, POINTS = 64, 2000  # samples in the picture that is written as a run goes
+
+
+def holds_run(folder):
+    return (folder / "log.csv").exists() or any(folder.glob("*.pth"))
+
+
+def new_folder(out_dir, name, dataset):
+    """The folder for a new run: out_dir/name, or the first free of out_dir/dataset, dataset-2, ...
+
+    Raises ValueError when a run of that name is there: nothing is ever overwritten."""
+    out_dir = Path(out_dir)
+    if name:
+        if holds_run(out_dir / name):
+            raise ValueError(
+                f"--name {name}: {(out_dir / name).resolve()} holds a run already; choose another "
+                f"name, or go on with it: --resume {out_dir / name}"
+            )
+        return out_dir / name
+    folder, i = out_dir / dataset, 1
+    while holds_run(folder):
+        i += 1
+        folder = out_dir / f"{dataset}-{i}"
+    return folder
+
+
+def settings(given, resume=None):
+    """(config, checkpoint path, its contents) of a run from the flags `given` (a dict) and
+    `--resume PATH|auto`; the last two are None when it starts afresh.
+
+    A folder means its last.pth. `auto` means that of the named run, or of the one written last
+    among dataset, dataset-2, ...; when there is none yet, it starts afresh."""
+    fresh = Config(**given)
+    if resume is None:
+        return fresh, None, None
+    path = Path(resume)
+    if resume == "auto":
+        own = re.compile(
+            re.escape(fresh.name or run_name(fresh)) + ("" if fresh.name else r"(-\d+)?")
+        )
+        found = [p for p in Path(fresh.out_dir).glob("*/last.pth") if own.fullmatch(p.parent.name)]
+        path = max(found, key=lambda p: p.stat().st_mtime, default=None)
+        if path is None:
+            return fresh, None, None
+    elif path.is_dir():
+        path = path / "last.pth"
+    state = read(path)
+    if "optimizer" not in state:
+        raise OSError(
+            f"{path} was cut down for shipping; resume needs last.pth, best.pth or step_*.pth"
+        )
+    return merged(config_of(state, path), given), path, state
+
+
+def run_name(settings):
+    """The name of an unnamed run: its dataset's."""
+    return settings.name or Path(settings.dataset).resolve().stem
+
+
+def folder(settings, given, source=None, state=None):
+    """The folder in which to run: a new one, or that of the checkpoint `source` unless the flags
+    `given` name another. Raises ValueError when anything there would be overwritten."""
+    elsewhere = Path(settings.out_dir) / run_name(settings)
+    if source is None or (
+        {"name", "out_dir"} & set(given) and elsewhere.resolve() != source.parent.resolve()
+    ):
+        return new_folder(settings.out_dir, settings.name, run_name(settings))
+    last = source.parent / "last.pth"
+    newest = read(last)["step"] if last.exists() and last != source else 0
+    if newest > state["step"]:
+        raise ValueError(
+            f"--resume {source} is at step {state['step']}, but {last} is at step {newest} and "
+            "would be overwritten; resume that one, or give --name for a new run"
+        )
+    return source.parent
+
+
+class Run:
+    """The folder of one run: log.csv, last.pth, best.pth, step_*.pth, model.pth, samples/,
+    loss.png.
+
+    source: the checkpoint that it goes on from, at `step`; the log beside it is taken over up to
+    there."""
+
+    def __init__(self, folder, source=None, step=0):
+        self.folder, self.pending, self.latest = folder.resolve(), [], math.nan
+        old = read_log(source.parent) if source and (source.parent / "log.csv").exists() else []
+        rows = [row for row in old if int(row["step"]) <= step]
+        replace(self.folder / "log.csv", lambda path: write_log(path, rows))
+
+    def add(self, step, epoch, loss, grad_norm, lr):
+        """Remember a step. On a GPU loss and norm are still on their way, and looked at now and
+        then only.
+
+        Raises FloatingPointError when a loss was not finite."""
+        self.pending.append([step, epoch, loss, grad_norm, lr, None])
+        if loss.device.type == "cpu" or len(self.pending) % CHECK_EVERY == 0:
+            self.check()
+
+    def check(self):
+        for row in self.pending:
+            row[2], row[3] = float(row[2]), float(row[3])
+            if not math.isfinite(row[2]):
+                raise FloatingPointError(
+                    f"the loss became {row[2]} at step {row[0]}; nothing was saved "
+                    f"since {self.folder / 'last.pth'}, if that is there. Try a lower --lr, a "
+                    "smaller --grad_clip, more --warmup, or --precision fp32"
+                )
+            self.latest = row[2]
+
+    def flush(self, test_loss=None):
+        """Write the remembered steps to log.csv, the last with its test loss."""
+        self.check()
+        if self.pending:
+            self.pending[-1][-1] = test_loss
+        with open(self.folder / "log.csv", "a", newline="") as f:
+            rows = [
+                [f"{v:.9g}" if isinstance(v, float) else v for v in row] for row in self.pending
+            ]
+            csv.writer(f).writerows(rows)
+        self.pending = []
+
+    def save(self, trainer, keep):
+        """Test the EMA model and write last.pth, best.pth when it is the best, and a numbered
+        checkpoint, of which the newest `keep` stay -> what was done, in a line."""
+        trainer.average()
+        test_loss = trainer.test_loss()
+        self.flush(test_loss)
+        is_best = trainer.best is None or test_loss < trainer.best
+        trainer.best = test_loss if is_best else trainer.best
+        state = trainer.state()
+        paths = [self.folder / name for name in ["last.pth"] + ["best.pth"] * is_best]
+        paths += [self.folder / f"step_{trainer.step:08d}.pth"] if keep else []
+        for path in paths:
+            write(path, state)
+        for old in sorted(self.folder.glob("step_*.pth"))[: -keep or None]:
+            old.unlink()
+        return (
+            f"step {trainer.step:,}: test loss {test_loss:.5f}, wrote {', '.join(map(str, paths))}"
+        )
+
+    def pause(self, trainer):
+        """Write last.pth between two regular saves, leaving no other trace -> its path."""
+        self.flush()
+        trainer.average()
+        return write(self.folder / "last.pth", trainer.state())
+
+    def finish(self, trainer):
+        """Write model.pth, all that sampling needs and no more -> what was done, in a line."""
+        path = write(self.folder / "model.pth", for_inference(trainer.state()))
+        return f"step {trainer.step:,}: done, wrote {path} ({path.stat().st_size / 1e6:.1f} MB)"
+
+    def draw(self, trainer):
+        """Samples of the EMA model from fixed noise, and the loss curve so far, as pictures -> a
+        line."""
+        self.flush()
+        model = trainer.average()
+        indices = torch.arange(GRID if len(model.event) == 3 else POINTS)
+        labels = class_labels(model, indices)
+        states = generate(model, indices, trainer.config.seed, labels)
+        items = to_pixels(final(states)).cpu()
+        picture = figures.overview(items, trainer.dataset.test)
+        curve = figures.image_of(figures.loss_curve(read_log(self.folder)))
+        paths = (
+            replace(self.folder / "samples" / f"step_{trainer.step:08d}.png", picture.save),
+            replace(self.folder / "loss.png", curve.save),
+        )
+        return f"step {trainer.step:,}: wrote {', '.join(map(str, paths))}"
+
+
+def read_log(folder):
+    """The rows of log.csv, dicts of strings; a last row that a crash cut short is left out."""
+    with open(folder / "log.csv", newline="") as f:
+        return [row for row in csv.DictReader(f) if None not in row.values()]
+
+
+def write_log(path, rows):
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)

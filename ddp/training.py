@@ -1,0 +1,172 @@
+"""One training step; EMA; BatchNorm under the EMA weights; what a run must remember."""
+
+import copy
+import dataclasses
+
+import torch
+from torch import nn
+
+from ddp.checkpoint import FORMAT, provenance
+from ddp.config import LR_SCHEDULES
+from ddp.data import to_float
+from ddp.forward import diffuse, normal, uniform
+from ddp.loss import denoising
+from ddp.model import DiffusionModel
+from ddp.network import Block
+
+STATISTICS_BATCHES = 16  # of STATISTICS_ITEMS each, to recompute BatchNorm's statistics
+STATISTICS_ITEMS = {True: 512, False: 8192}  # is_image: a picture has many positions, a point one
+# A normalisation cancels the scale of the weights before it, so that only a step relative to their
+# size counts (van Laarhoven 2017), and Kaiming's size makes that step small. Measured in docs/.
+NORMALISED_LR = 5.0
+TEST_ITEMS, TEST_BATCH = 2000, 500
+
+
+class Trainer:
+    """A model in training: raw weights, their exponential moving average, optimiser, and how far it
+    is (`step`, `seconds`, `best` test loss). precision: `fp32`, `bf16` or `fp16`."""
+
+    def __init__(self, config, dataset, device="cpu", precision="fp32"):
+        self.config, self.dataset = config, dataset
+        self.device, self.precision = torch.device(device), precision
+        self.step, self.seconds, self.best = 0, 0.0, None
+        torch.manual_seed(config.seed)
+        classes = len(dataset.classes) if config.conditional else 0
+        self.model = DiffusionModel(config, dataset.event, classes).to(self.device)
+        if dataset.is_image:
+            self.model.to(memory_format=torch.channels_last)
+        self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        blocks = [m for m in self.model.modules() if isinstance(m, Block)]
+        normalised = [weight for block in blocks for weight in block.normalised_weights()]
+        chosen = {id(p) for p in normalised}
+        others = [p for p in self.model.parameters() if id(p) not in chosen]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": others, "scale": 1.0},
+                {"params": normalised, "scale": NORMALISED_LR},
+            ],
+            lr=config.lr,
+            betas=(0.9, 0.99),
+            weight_decay=config.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+
+    def describe(self):
+        count = sum(p.numel() for p in self.model.parameters())
+        return f"network: {count:,} parameters on {self.device}, trained in {self.precision}"
+
+    def autocast(self):
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
+
+    def loss(self, model, x0, label, step, stream):
+        """The loss of each item, (B,), at levels and with noise keyed by (seed, stream, step)."""
+        config = self.config
+        x0, indices = x0.to(self.device), torch.arange(len(x0), device=self.device)
+        log_snr = model.schedule.levels(uniform(config.seed, stream, step, indices)).to(self.device)
+        xt = diffuse(x0, log_snr, normal(config.seed, stream, step, indices, model.event))
+        with self.autocast():
+            x0_hat = model.denoise(xt, log_snr, label.to(self.device) if model.classes else None)
+        return denoising(x0_hat, x0, log_snr, config.weighting, config.loss)
+
+    def training_batch(self, step, size):
+        """x0 and label; some labels are hidden when the model is conditional."""
+        x0, label = self.dataset.batch(self.config.seed, step, size)
+        if self.config.conditional:
+            u = uniform(self.config.seed, "label", step, torch.arange(size))
+            label = label.where(u >= self.config.label_dropout, self.model.classes)
+        return x0, label
+
+    def train_step(self, progress):
+        """One optimiser step, `progress` in [0, 1] of the way through the run.
+
+        Returns (epoch, loss, gradient norm, learning rate); loss and norm are 0-d tensors."""
+        config = self.config
+        warm = min(1.0, (self.step + 1) / (config.warmup + 1))
+        lr = config.lr * warm * LR_SCHEDULES[config.lr_schedule](progress)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
+        self.model.train()
+        total = 0.0
+        for i in range(config.grad_accumulation):
+            batch = self.step * config.grad_accumulation + i
+            torch.manual_seed((config.seed << 32) + batch)  # dropout is a function of position, too
+            x0, label = self.training_batch(batch, config.batch_size)
+            loss = self.loss(self.model, x0, label, batch, "train").mean()
+            loss = loss / config.grad_accumulation
+            self.scaler.scale(loss).backward()
+            total = total + loss.detach()
+        self.scaler.unscale_(self.optimizer)
+        limit = config.grad_clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.step += 1
+        # a young average forgets faster: it would hold on to the start for the whole of a short run
+        decay = min(config.ema_decay, self.step / (self.step + 9))
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        items = self.step * config.grad_accumulation * config.batch_size
+        return items / len(self.dataset.train), total, norm, lr
+
+    @torch.no_grad()
+    def average(self):
+        """The EMA model, ready to be used: BatchNorm's statistics are recomputed under its weights.
+
+        The batches are drawn as in training, and the statistics are means over all of them; dropout
+        is off, as it will be when they are used. A function of the weights and the seed alone."""
+        norms = [m for m in self.ema.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.train()
+            norm.momentum, saved = None, norm.momentum  # None: the mean of all batches
+        for i in range(STATISTICS_BATCHES if norms else 0):
+            x0, label = self.training_batch(i, STATISTICS_ITEMS[self.dataset.is_image])
+            self.loss(self.ema, x0, label, i, "statistics")
+        for norm in norms:
+            norm.momentum = saved
+        return self.ema.eval()
+
+    @torch.no_grad()
+    def test_loss(self):
+        """The mean loss of the EMA model on test items, at fixed levels with fixed noise. Its
+        BatchNorm statistics must be fresh: call average first."""
+        dataset, total = self.dataset, 0.0
+        items = torch.arange(min(len(dataset.test), TEST_ITEMS))
+        for i, part in enumerate(items.split(TEST_BATCH)):
+            x0 = to_float(dataset.test[part])
+            label = dataset.test_labels[part] if self.model.classes else None
+            total += self.loss(self.ema, x0, label, i, "test").sum().item()
+        return total / len(items)
+
+    def state(self):
+        """What a run must remember, as a checkpoint's dict (see ddp.checkpoint)."""
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "event": list(self.model.event),
+            "classes": list(self.dataset.classes),
+            "provenance": provenance(self.dataset),
+            "ema": self.ema.state_dict(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
+            "seconds": self.seconds,
+        }
+
+    def load(self, state):
+        """Go on from a checkpoint's dict. Raises OSError when it was trained on other data."""
+        theirs, ours = state["provenance"]["fingerprint"], self.dataset.fingerprint
+        if theirs != ours:
+            raise OSError(
+                f"the run was trained on data {theirs}, this is {ours}; "
+                "give --data_dir the folder that it was trained on"
+            )
+        self.ema.load_state_dict(state["ema"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]

@@ -1,0 +1,97 @@
+"""Measure a model: python evaluate.py --checkpoint checkpoints/digits.pth"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ddp import config, data, device, evaluation, reverse
+from ddp.checkpoint import load_model, replace
+
+
+def parse(arguments=None):
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+
+    def add(name, **kwargs):
+        parser.add_argument(*config.spellings(name), dest=name, **kwargs)
+
+    add("checkpoint", required=True, help="a checkpoint that train.py wrote")
+    add("test_items", type=int, default=2000, help="measure on the first so many (default: 2000)")
+    add("num_samples", type=int, default=2000, help="to judge; at most as many as test items")
+    add("sampler", choices=reverse.SAMPLERS, default=reverse.DEFAULT_SAMPLER)
+    add("steps", type=int, help=f"of the sampler (default: {reverse.DEFAULT_STEPS})")
+    add("eta", type=float, help="noise of ddim, from 0 (none, the default) to 1 (as ddpm)")
+    add("draws", type=int, default=16, help="of the noise level for each item of the bound")
+    add("seed", type=int, default=0, help="of noise and samples (default: 0)")
+    add("out", help="folder for the results (default: beside the checkpoint)")
+    add("data_dir", help="where the dataset lies, if it has moved")
+    add("batch_size", type=int, default=250, help="items at a time")
+    add("device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("weights", choices=("ema", "raw"), default="ema", help="averaged or raw (default: ema)")
+    return parser.parse_args(arguments)
+
+
+def main(args):
+    config.expect(args, test_items=2, num_samples=2, draws=1, batch_size=1, seed=0)
+    where = device.pick_device(args.device)
+    model, settings, state = load_model(args.checkpoint, args.weights, where)
+    options = reverse.options(model, args.sampler, args.steps, args.eta)
+    source = settings.data() | ({"data_dir": args.data_dir} if args.data_dir else {})
+    dataset = data.load(**source, progress=tqdm)
+    print(*dataset.describe(), sep="\n")
+    if dataset.fingerprint != state["provenance"]["fingerprint"]:
+        print(
+            "warning: this is not the data that the model was trained on; its test items may "
+            "have been trained on",
+            file=sys.stderr,
+        )
+
+    def progress(name):
+        return lambda parts: tqdm(parts, desc=name, leave=False, disable=None)
+
+    count, size = min(args.test_items, len(dataset.test)), args.batch_size
+    what = (dataset, model, count, size, args.seed)
+    levels = evaluation.loss_by_level(*what, progress("loss"))
+    bound = evaluation.bound(*what, args.draws, progress("bound"))
+    number = min(args.num_samples, count)
+    drawn = evaluation.samples(model, number, size, args.seed, options, progress("samples"))
+    results = {
+        "schema": evaluation.SCHEMA,
+        "checkpoint": str(Path(args.checkpoint).resolve()),
+        "step": state["step"],
+        "provenance": state["provenance"],
+        "fingerprint": dataset.fingerprint,
+        "test_items": count,
+        "recipe": {**options, "weights": args.weights, "seed": args.seed, "draws": args.draws},
+        "loss_by_level": levels,
+        "bound": bound,
+        "quality": evaluation.distance(dataset, drawn),
+    }
+    print(*evaluation.table(results), sep="\n")
+    checkpoint = Path(args.checkpoint)
+    out = Path(args.out or checkpoint.with_name(f"{checkpoint.stem}-evaluation")).resolve()
+    picture = evaluation.picture(results, drawn, dataset)
+    text = json.dumps(results, indent=1, allow_nan=False)
+    print(
+        "\nwrote",
+        replace(out / "evaluation.json", lambda path: path.write_text(text)),
+        replace(out / "evaluation.png", picture.save),
+        sep="\n  ",
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    given = parse()
+    try:
+        sys.exit(main(given))
+    except ValueError as error:  # what was asked for cannot be done
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # it was tried and failed
+        print(f"evaluate.py: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

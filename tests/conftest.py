@@ -1,0 +1,22 @@
+"""What every test shares: the repository's root on the path, and one thread a process.
+
+The tensors here are tiny; more threads would spend their time on waiting for each other."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+sys.path.insert(0, str(ROOT))
+
+
+@pytest.fixture
+def shared_data():
+    """The folder of real datasets that tests may use; it lies beside the repository, not in it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"{SHARED} is absent")
+    return SHARED
