@@ -17,6 +17,7 @@ LR_SCHEDULES = {  # progress in [0, 1] -> the share of --lr
     "constant": lambda p: 1.0,
 }
 DEFAULT_EPOCHS = 100
+MAX_LIST = 8
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 # The network's size where no flag gives it. `pictures` serves every other image dataset.
@@ -62,12 +63,14 @@ class Config:
     test_fraction: float = flag(0.1, "share of a folder kept for testing", above=0, at_most=0.5)
     # the forward process
     schedule: str = flag("cosine", "noise schedule", choices=SCHEDULES)
-    timesteps: int = flag(1000, "steps of the discrete process; 0 is continuous time", at_least=0)
+    timesteps: int = flag(
+        1000, "steps of the discrete process; 0 is continuous time", at_least=0, at_most=10**6
+    )
     # the reverse network
-    width: int = flag(None, "channels of the first resolution", int, at_least=8)
-    depth: int = flag(None, "blocks in each resolution", int, at_least=1)
+    width: int = flag(None, "channels of the first resolution", int, at_least=8, at_most=4096)
+    depth: int = flag(None, "blocks in each resolution", int, at_least=1, at_most=64)
     multipliers: list = flag(None, "width of each resolution, in units of --width", integers)
-    patch: int = flag(None, "pixels of a side folded into channels at the door", int, at_least=1)
+    patch: int = flag(None, "pixels of a side folded into channels", int, at_least=1, at_most=64)
     attention: list = flag([], "feature-map sizes that get self-attention, such as 4,8", integers)
     norm: str = flag("batch", "normalisation", choices=NORM_NAMES)
     activation: str = flag("leaky_relu", "activation", choices=ACTIVATIONS)
@@ -210,7 +213,10 @@ def check(field, value):
     if value is None:
         return
     wanted = None
-    if bounds["choices"] and value not in bounds["choices"]:
+    if isinstance(value, list):
+        if len(value) > MAX_LIST or not all(type(v) is int and v > 0 for v in value):
+            wanted = f"at most {MAX_LIST} whole numbers above 0"
+    elif bounds["choices"] and value not in bounds["choices"]:
         wanted = f"one of {', '.join(map(str, bounds['choices']))}"
     elif isinstance(value, float) and not math.isfinite(value):
         wanted = "a finite number"

@@ -8,10 +8,12 @@ import dataclasses
 import functools
 import gzip
 import hashlib
+import http.client
 import math
 import os
 import tarfile
 import urllib.request
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -33,40 +35,25 @@ MIRRORS = {
         "https://storage.googleapis.com/s4tf-hosted-binaries/datasets/CIFAR10/",
     ),
 }
-IDX_FILES = (  # in the order: train images, train labels, test images, test labels
-    "train-images-idx3-ubyte",
-    "train-labels-idx1-ubyte",
-    "t10k-images-idx3-ubyte",
-    "t10k-labels-idx1-ubyte",
-)
 CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"
 MD5 = {  # of the published files
-    "mnist": dict(
-        zip(
-            [f"{name}.gz" for name in IDX_FILES],
-            [
-                "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                "d53e105ee54ea40749a09fcbcd1e9432",
-                "9fb629c4189551a2d022fa330f9573f3",
-                "ec29112dd5afa0611ce80d1b7f02629c",
-            ],
-            strict=True,
-        )
-    ),
-    "fashion_mnist": dict(
-        zip(
-            [f"{name}.gz" for name in IDX_FILES],
-            [
-                "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                "25c81989df183df01b3e8a0aad5dffbe",
-                "bef4ecab320f06d8554ea6380940ec79",
-                "bb300cfdad3c16e7a12a480ee83cd310",
-            ],
-            strict=True,
-        )
-    ),
+    "mnist": {
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+    "fashion_mnist": {
+        "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+        "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+        "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
+        "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
+    },
     "cifar10": {CIFAR_ARCHIVE: "c32a1d4ab5d03f1284b67883e8d87530"},
 }
+# of MNIST's test labels, uncompressed: no other file tells the two MNISTs apart as cheaply
+MNIST_TEST_LABELS_MD5 = "27ae3e4e09519cfbb04c329615203637"
+DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, tarfile.TarError)  # what a bad archive raises
 CLASSES = {
     "digits": [str(i) for i in range(10)],
     "mnist": [str(i) for i in range(10)],
@@ -79,9 +66,6 @@ CLASSES = {
         *("dog", "frog", "horse", "ship", "truck"),
     ],
 }
-MNIST_TEST_LABELS_MD5 = (
-    "27ae3e4e09519cfbb04c329615203637"  # uncompressed; tells the two MNISTs apart
-)
 
 
 @dataclasses.dataclass
@@ -143,7 +127,8 @@ class Dataset:
 
 @functools.lru_cache(maxsize=2)
 def _order(seed, epoch, count):
-    return torch.randperm(count, generator=torch.Generator().manual_seed((seed << 32) + epoch))
+    # all bits of both count here, where torch's generator takes the low 32 bits of one number
+    return torch.from_numpy(np.random.RandomState([seed, epoch]).permutation(count))
 
 
 def to_float(items):
@@ -153,11 +138,10 @@ def to_float(items):
 
 def to_pixels(x0):
     """float in [-1, 1] -> uint8 pixels, rounded to the nearest; points stay as they are."""
-    return ((x0.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) if x0.ndim == 4 else x0
+    return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().byte() if x0.ndim == 4 else x0
 
 
-# ---- points in the plane: (count, random) -> (count, 2), and the density where it has a closed
-# form ----
+# Points in the plane: (count, random) -> (count, 2), and the density where it has a closed form.
 
 
 def _swiss_roll(count, random):
@@ -190,13 +174,14 @@ def _eight_gaussians_density(x):
 def _checkerboard(count, random):
     column, half = random.randint(4, size=count), random.randint(2, size=count)
     corner = np.stack([column, 2 * half + column % 2], axis=1) - 2
-    return corner + random.rand(count, 2)
+    # away from the edges, so that rounding to float32 carries no point out of its cell
+    return corner + 1e-6 + (1 - 2e-6) * random.rand(count, 2)
 
 
 def _checkerboard_density(x):
     cell = (x + 2).floor()
     inside = ((cell >= 0) & (cell < 4)).all(dim=1) & (cell.sum(dim=1) % 2 == 0)
-    return torch.where(inside, -math.log(8.0), -math.inf)
+    return torch.where(inside, x.new_tensor(-math.log(8)), -math.inf)
 
 
 RADII, RING_SD = np.array([1.0, 2.0, 3.0]), 0.08
@@ -257,10 +242,6 @@ def load_points(name, seed=0):
     )
 
 
-# ---- pictures
-# ------------------------------------------------------------------------------------------
-
-
 def load_digits():
     """scikit-learn's 1,797 real 8x8 digits, 17 grey levels, stratified 80/20 by a fixed seed."""
     from sklearn.datasets import load_digits
@@ -277,46 +258,50 @@ def load_digits():
     )
 
 
-def download(name, file, folder, progress=None, mirrors=None):
+def download(name, file, folder, progress=None):
     """Fetch a published file into `folder`, from the first mirror that has it whole, and return its
-    path.
+    path. `progress` makes a bar as tqdm does.
 
     It is written as `.partial` and renamed when its MD5 is the published one, so a file that is
     there is whole. Raises OSError with each mirror's reason when none serves."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / file, folder / f"{file}.{os.getpid()}.partial"
-    reasons = []
-    for mirror in mirrors or MIRRORS[name]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--data_dir {folder.parent}: {error}; give another folder") from None
+    path, partial, reasons = folder / file, folder / f"{file}.{os.getpid()}.partial", []
+    for mirror in MIRRORS[name]:
         try:
-            digest = hashlib.md5(usedforsecurity=False)
-            with (
-                urllib.request.urlopen(mirror + file, timeout=30) as source,
-                open(partial, "wb") as f,
-            ):
-                total = int(source.headers.get("Content-Length") or 0) or None
-                bar = (
-                    progress(total=total, unit="B", unit_scale=True, desc=file)
-                    if progress
-                    else None
-                )
-                while chunk := source.read(1 << 18):
-                    digest.update(chunk)
-                    f.write(chunk)
-                    if bar:
-                        bar.update(len(chunk))
-                if bar:
-                    bar.close()
-            if digest.hexdigest() == MD5[name][file]:
+            md5 = _fetch(mirror + file, partial, progress)
+            if md5 == MD5[name][file]:
                 return partial.replace(path)
-            reasons.append(f"{mirror}: not the published file (MD5 {digest.hexdigest()})")
-        except OSError as error:
-            reasons.append(f"{mirror}: {error}")
+            reasons.append(f"{mirror}: not the published file (MD5 {md5})")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reasons.append(f"{mirror}: {' '.join(str(error).split())}")
         finally:
             partial.unlink(missing_ok=True)
     raise OSError(
         f"could not download {file} ({'; '.join(reasons)}); put it into "
         f"{folder.resolve()} yourself, or give --data_dir a folder that holds it"
     )
+
+
+def _fetch(url, partial, progress):
+    """Write what `url` holds to the path `partial`, and return its MD5."""
+    md5 = hashlib.md5(usedforsecurity=False)
+    with urllib.request.urlopen(url, timeout=30) as source, open(partial, "wb") as f:
+        total = int(source.headers.get("Content-Length") or 0) or None
+        show = {"total": total, "unit": "B", "unit_scale": True, "desc": url.rsplit("/", 1)[1]}
+        bar = progress(**show) if progress else None
+        try:
+            while chunk := source.read(1 << 18):
+                md5.update(chunk)
+                f.write(chunk)
+                if bar is not None:  # a bar without a total has no truth value
+                    bar.update(len(chunk))
+        finally:
+            if bar is not None:
+                bar.close()
+    return md5.hexdigest()
 
 
 def _find(name, files, data_dir):
@@ -334,46 +319,44 @@ def read_idx(path):
     damaged.
 
     The format: two zero bytes, the type (8 = uint8), the number of dimensions, each dimension as a
-    big-endian int32, then the items."""
+    big-endian uint32, then the items."""
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (EOFError, gzip.BadGzipFile, gzip.zlib.error) as error:
+    except DAMAGE as error:
         raise OSError(f"{path} is damaged ({error}); delete it to download it again") from None
-    dims = raw[3] if len(raw) > 3 else 0
-    shape = (
-        [int(n) for n in np.frombuffer(raw[4 : 4 + 4 * dims], ">i4")]
-        if raw[:3] == b"\0\0\x08"
-        else []
-    )
-    if len(shape) != dims or not dims or len(raw) != 4 + 4 * dims + math.prod(shape):
+    dims = raw[3] if raw[:4] in (b"\0\0\x08\x01", b"\0\0\x08\x03") else 0
+    start = 4 + 4 * dims
+    shape = [int.from_bytes(raw[i : i + 4], "big") for i in range(4, start, 4)]
+    if not dims or len(raw) != start + math.prod(shape):
         raise OSError(
-            f"{path} is not a whole IDX file of bytes: {len(raw)} bytes, header {raw[:8].hex()}; "
-            "delete it to download it again"
+            f"{path} is not a whole IDX file of pictures or labels: {len(raw)} bytes, header "
+            f"{raw[:16].hex()}; delete it to download it again"
         )
-    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy())
 
 
 def load_idx(name, data_dir, progress=None):
     """MNIST or Fashion-MNIST from its four IDX files; those that are absent are downloaded."""
     paths = [
-        _find(name, (file, f"{file}.gz"), data_dir)
-        or download(name, f"{file}.gz", Path(data_dir, name), progress)
-        for file in IDX_FILES
+        _find(name, (file.removesuffix(".gz"), file), data_dir)
+        or download(name, file, Path(data_dir, name), progress)
+        for file in MD5[name]
     ]
     train, train_labels, test, test_labels = map(read_idx, paths)
-    for images, labels, path in ((train, train_labels, paths[0]), (test, test_labels, paths[2])):
-        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(images):
+    for images, labels, path in ((train, train_labels, paths[1]), (test, test_labels, paths[3])):
+        if images.ndim != 3 or not images.numel() or labels.shape != images.shape[:1]:
             raise OSError(
-                f"{path}: images {tuple(images.shape)} and labels {tuple(labels.shape)} do not "
-                "belong together; expected (N, H, W) and (N,)"
+                f"{path}: labels {tuple(labels.shape)} and pictures {tuple(images.shape)} do not "
+                "belong together; expected (N,) and (N, H, W)"
             )
         if labels.max() > 9:
             raise OSError(f"{path}: a label is {labels.max()}; expected 0 to 9")
     if train.shape[1:] != test.shape[1:]:
         raise OSError(f"{paths[0]} and {paths[2]} hold pictures of different sizes")
-    header = bytes.fromhex("00000801") + len(test_labels).to_bytes(4, "big")
-    is_mnist = hashlib.md5(header + test_labels.numpy().tobytes(), usedforsecurity=False)
-    if name != "mnist" and is_mnist.hexdigest() == MNIST_TEST_LABELS_MD5:
+    file = bytes.fromhex("00000801") + len(test_labels).to_bytes(4, "big") + bytes(test_labels)
+    if name != "mnist" and hashlib.md5(file, usedforsecurity=False).hexdigest() == (
+        MNIST_TEST_LABELS_MD5
+    ):
         raise OSError(f"{paths[3]} is MNIST's, not {name}'s; give --data_dir another folder")
     return Dataset(
         name, train[:, None], test[:, None], train_labels.long(), test_labels.long(), CLASSES[name]
@@ -386,31 +369,29 @@ def load_cifar10(data_dir, progress=None):
     A record is one byte of label, then 3 x 32 x 32 bytes: red, green, blue."""
     path = _find("cifar10", (CIFAR_ARCHIVE,), data_dir)
     path = path or download("cifar10", CIFAR_ARCHIVE, Path(data_dir, "cifar10"), progress)
-    members = {}
-    try:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                if member.isfile() and member.name.endswith(".bin"):
-                    members[Path(member.name).name] = archive.extractfile(member).read()
-    except (tarfile.TarError, EOFError, gzip.zlib.error) as error:
-        raise OSError(f"{path} is damaged ({error}); delete it to download it again") from None
     wanted = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
-    for file in wanted:
-        size = len(members.get(file, b""))
-        if size == 0 or size % 3073:
-            raise OSError(f"{path}: member {file} has {size} bytes; expected records of 3,073")
+    members = dict.fromkeys(wanted, b"")
+    try:
+        with gzip.open(path) as stream, tarfile.open(fileobj=stream, mode="r:") as archive:
+            for member in archive:
+                file = Path(member.name).name
+                if member.isfile() and file in wanted:
+                    members[file] = archive.extractfile(member).read()
+            stream.read()  # up to the checksum, which is at the end
+    except DAMAGE as error:
+        raise OSError(f"{path} is damaged ({error}); delete it to download it again") from None
+    for file, content in members.items():
+        if not content or len(content) % 3073:
+            raise OSError(
+                f"{path}: member {file} has {len(content)} bytes; expected records of 3,073"
+            )
     records = [np.frombuffer(members[file], np.uint8).reshape(-1, 3073) for file in wanted]
-    train, test = (torch.from_numpy(np.array(r)) for r in (np.concatenate(records[:5]), records[5]))
-    if max(train[:, 0].max(), test[:, 0].max()) > 9:
+    parts = [torch.from_numpy(np.concatenate(r)) for r in (records[:5], records[5:])]
+    labels = [part[:, 0].long() for part in parts]
+    if max(label.max() for label in labels) > 9:
         raise OSError(f"{path}: a label is above 9; expected CIFAR-10's 0 to 9")
-    return Dataset(
-        "cifar10",
-        train[:, 1:].reshape(-1, 3, 32, 32).contiguous(),
-        test[:, 1:].reshape(-1, 3, 32, 32).contiguous(),
-        train[:, 0].long(),
-        test[:, 0].long(),
-        CLASSES["cifar10"],
-    )
+    images = [part[:, 1:].reshape(-1, 3, 32, 32) for part in parts]
+    return Dataset("cifar10", *images, *labels, CLASSES["cifar10"])
 
 
 def load_folder(path, image_size=None, channels=None, test_fraction=0.1):
@@ -418,9 +399,9 @@ def load_folder(path, image_size=None, channels=None, test_fraction=0.1):
     read = pictures.read(path, image_size, channels)
     items, labels, is_test = read.items, read.labels, read.is_test
     if len(items) < 2:
-        raise OSError(f"{path} holds one readable picture; at least 2 are needed: {read.found}")
+        raise OSError(f"{path} holds one readable picture; at least 2 are needed")
     if is_test is None:  # no published split: a fixed random one
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(0))
+        order = np.random.RandomState(0).permutation(len(items))
         count = min(max(1, round(test_fraction * len(items))), len(items) - 1)
         is_test = torch.zeros(len(items), dtype=torch.bool)
         is_test[order[:count]] = True
@@ -446,6 +427,11 @@ def load(
     """The dataset called `name`, or the pictures at the path `name`, as a Dataset.
 
     Raises ValueError for a name that is neither, OSError for data that is missing or damaged."""
+    if name in NAMES and (image_size or channels):
+        raise ValueError(
+            f"--image_size and --channels are for a folder or .zip of pictures, not for {name}; "
+            "leave them out"
+        )
     if name in POINTS:
         return load_points(name, seed)
     if name == "digits":

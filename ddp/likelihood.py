@@ -6,17 +6,6 @@ import torch
 
 from ddp.forward import alpha_sigma, diffuse, normal, uniform
 
-CONTINUOUS_STEPS = (
-    1000  # a continuous-time model is bounded as the discrete process of this many steps
-)
-
-
-def table(schedule):
-    """The levels of the discrete process, (T,) float64, falling from the cleanest to pure noise."""
-    if schedule.table is not None:
-        return schedule.table
-    return schedule.log_snr(torch.linspace(0, 1, CONTINUOUS_STEPS, dtype=torch.float64))
-
 
 def denoised(model, x0, log_snr, seed, step, indices, label):
     """x0_hat (B, *event) from a draw of xt at log_snr (B,), its noise keyed by (seed, step,
@@ -35,10 +24,16 @@ def prior_term(x0, log_snr):
 def diffusion_term(x0, x0_hat, log_snr_t, log_snr_s):
     """KL(q(xs | xt, x0) || q(xs | xt, x0_hat)) in nats, (B,), of a step from t to the cleaner s.
 
-    Both have the same variance, so it is (SNR_s - SNR_t) / 2 |x0 - x0_hat|². Kingma et al. 2021,
-    eq. 13."""
+    Both have the variance that is called fixed small, so it is (SNR_s - SNR_t) / 2 |x0 - x0_hat|².
+    Kingma et al. 2021, eq. 13."""
     squared = ((x0 - x0_hat) ** 2).flatten(1).sum(dim=1)
     return 0.5 * (log_snr_s.exp() - log_snr_t.exp()) * squared
+
+
+def diffusion_rate(x0, x0_hat, log_snr):
+    """The diffusion term of infinitely many steps, nats for a unit of log-SNR, (B,): the integral
+    of SNR / 2 |x0 - x0_hat|² over log-SNR is the sum. Kingma et al. 2021, eq. 18."""
+    return 0.5 * log_snr.exp() * ((x0 - x0_hat) ** 2).flatten(1).sum(dim=1)
 
 
 def reconstruction_term(x0, x0_hat, log_snr, discrete):
@@ -61,26 +56,33 @@ def reconstruction_term(x0, x0_hat, log_snr, discrete):
 @torch.no_grad()
 def bound(model, x0, indices, seed=0, draws=8, label=None, discrete=True):
     """The variational bound on -log p(x0), item by item: a dict of nats, each (B,): `prior`,
-    `diffusion`, `reconstruction` and their sum `total`. Ho et al. 2020, eq. 5.
+    `diffusion`, `reconstruction` and their sum `total`. Ho et al. 2020, eq. 5; in continuous time
+    Kingma et al. 2021, eqs. 11 and 18.
 
-    The sum over T steps is estimated from `draws` steps an item, keyed by (seed, index): unbiased,
-    and independent of the batch. A step is drawn in proportion to its span of log-SNR, over which
-    the terms vary little. discrete: x0 is uint8 pixels in [-1, 1], not a point with a density."""
-    levels = table(model.schedule).to(x0.device, torch.float32)
-    span = levels[0] - levels[-1]
-    diffusion = torch.zeros(len(x0), device=x0.device)
-    for k in range(draws if len(levels) > 1 else 0):
+    The sum over steps, or the integral, is estimated from `draws` levels an item, stratified over
+    log-SNR and keyed by (seed, index): unbiased, and independent of the batch. discrete: x0 is
+    uint8 pixels in [-1, 1], not a point with a density."""
+    table = model.schedule.table
+    clean, noisy = (model.schedule.log_snr(t).to(x0) for t in (0.0, 1.0))
+    span, diffusion = clean - noisy, torch.zeros(len(x0), device=x0.device)
+    table = None if table is None else table.to(x0)
+    for k in range(draws if span > 0 else 0):
         u = (k + uniform(seed, "test", k, indices.to(x0.device))) / draws
-        t = torch.searchsorted(-levels, u * span - levels[0]).clamp(1, len(levels) - 1)
-        x0_hat = denoised(model, x0, levels[t], seed, k, indices, label)
-        term = diffusion_term(x0, x0_hat, levels[t], levels[t - 1])
-        diffusion += term * span / (levels[t - 1] - levels[t]) / draws
-    first = levels[:1].expand(len(x0))
-    x0_hat = denoised(model, x0, first, seed, draws, indices, label)
+        level = clean - u * span
+        if table is None:
+            x0_hat = denoised(model, x0, level, seed, k, indices, label)
+            rate = diffusion_rate(x0, x0_hat, level)
+        else:  # the step that spans this level
+            t = torch.searchsorted(-table, -level).clamp(1, len(table) - 1)
+            x0_hat = denoised(model, x0, table[t], seed, k, indices, label)
+            rate = diffusion_term(x0, x0_hat, table[t], table[t - 1]) / (table[t - 1] - table[t])
+        diffusion += span * rate / draws
+    clean = clean.expand(len(x0))
+    x0_hat = denoised(model, x0, clean, seed, draws, indices, label)
     terms = {
-        "prior": prior_term(x0, levels[-1]),
+        "prior": prior_term(x0, noisy),
         "diffusion": diffusion,
-        "reconstruction": reconstruction_term(x0, x0_hat, first, discrete),
+        "reconstruction": reconstruction_term(x0, x0_hat, clean, discrete),
     }
     terms = {name: term.double().cpu() for name, term in terms.items()}
     return terms | {"total": sum(terms.values())}

@@ -1,17 +1,18 @@
 """Pictures from a folder or a .zip, whatever they are, as one uint8 tensor.
 
-The rules: EXIF rotation is applied; a palette is looked up; transparency is laid over white; 16
-bits are scaled to 8, not cut off; CMYK becomes RGB; of an animation the first frame counts. A
-picture is scaled until it covers the target and cut to it about its centre. Hidden files are passed
-over.
+The rules: EXIF rotation is applied; a palette is looked up, and counts as colour; transparency is
+laid over white; 16 bits are scaled to 8, not cut off; CMYK becomes RGB; of an animation the first
+frame counts. A picture is scaled until it covers the target and cut to it about its centre. Hidden
+files are passed over; damaged ones are skipped, and change nothing for the others.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import io
 import os
+import warnings
 import zipfile
-from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -19,16 +20,30 @@ import torch
 from PIL import Image, ImageOps
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-GREY_MODES = ("1", "L", "LA", "La", "I", "F")
+FORMATS = ("PNG", "JPEG", "WEBP")  # by content: a decoder that no one asked for is a risk
+GREY_MODES = ("1", "L", "LA", "I", "I;16")
 LARGEST_NATIVE = 64  # pictures of one common size up to this keep it
 DEFAULT_SIZE = (32, 32)
+LARGEST_FILE = 1 << 28  # bytes; a .zip can promise more than fits into memory
+SPLITS = dict.fromkeys(("train", "training"), False)  # name of a folder -> is it for testing
+SPLITS |= dict.fromkeys(("test", "testing", "val", "valid", "validation"), True)
+ORIENTATION = 0x0112  # the EXIF tag, and the turn that undoes each of its values
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclasses.dataclass
 class Pictures:
     """items: uint8 (N, C, H, W). labels: int64 (N,) when every picture lies in one of two or more
-    class folders, else None. is_test: bool (N,) when the folders are `train` and `test`, else None.
-    found: what was found and what was skipped, a list of lines."""
+    class folders, else None. is_test: bool (N,) when the folders are `train` and `test` (or `val`),
+    else None. found: what was found and what was skipped, a list of lines."""
 
     items: torch.Tensor
     labels: torch.Tensor | None
@@ -42,37 +57,50 @@ def read(path, image_size=None, channels=None):
 
     image_size: (H, W), or None for the pictures' common size up to 64, else 32x32. channels: 1 or
     3, or None for 1 when every picture is grey. Raises OSError when no picture can be read."""
-    names, load, ignored = _list(Path(path))
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        headers = list(pool.map(lambda name: _attempt(_header, load, name), names))
-        good = [h for h in headers if not isinstance(h, str)]
-        sizes, modes = Counter(h[0] for h in good), Counter(h[1] for h in good)
-        channels = channels or (1 if all(m.startswith(GREY_MODES) for m in modes) else 3)
-        height, width = image_size or _common_size(sizes)
+    with (
+        _opened(Path(path)) as (names, load, ignored),
+        concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
 
-        def decode(name):
-            return _attempt(_pixels, load, name, height, width, channels)
+        def each(function, names, *args):  # (name, result) of each, decoded in threads
+            results = pool.map(lambda name: _attempt(function, load, name, *args), names)
+            return zip(names, results, strict=True)
 
-        decoded = list(pool.map(decode, names))
-    kept = [name for name, d in zip(names, decoded, strict=True) if not isinstance(d, str)]
-    skipped = [(name, d) for name, d in zip(names, decoded, strict=True) if isinstance(d, str)]
-    passed_over = [f"skipped {name}: {why}" for name, why in skipped[:5]]
+        headers, skipped = {}, {}
+        for name, header in each(_header, names):
+            (skipped if isinstance(header, str) else headers)[name] = header
+        shape = None
+        while shape != (shape := _shape(headers.values(), image_size, channels)):
+            items = _space(len(headers), shape)
+            broken = {}  # a header can promise what the rest does not hold
+            for i, (name, pixels) in enumerate(each(_pixels, headers, shape)):
+                if isinstance(pixels, str):
+                    broken[name] = pixels
+                else:
+                    items[i - len(broken)] = pixels
+            skipped |= broken
+            headers = {name: h for name, h in headers.items() if name not in broken}
+    passed_over = [f"skipped {_shown(name)}: {why}" for name, why in list(skipped.items())[:5]]
     if len(skipped) > 5:
         passed_over.append(f"skipped {len(skipped) - 5} more that could not be read")
     if ignored:
         passed_over.append(f"ignored {ignored} files that are not {', '.join(SUFFIXES)}")
-    if not kept:
-        reasons = "; ".join(passed_over) or "it is empty"
+    if not headers:
+        reasons = "; ".join(passed_over) or f"it holds no {', '.join(SUFFIXES)}"
         raise OSError(f"{path}: no picture could be read: {reasons}")
-    items = torch.from_numpy(np.stack([d for d in decoded if not isinstance(d, str)]))
-    labels, classes, is_test = _classes(kept)
+    labels, classes, is_test = _classes(headers)
     spans = [
-        f"{min(s)} to {max(s)}" if len(set(s)) > 1 else f"{s[0]}" for s in zip(*sizes, strict=True)
+        f"{min(sides)} to {max(sides)}" if min(sides) < max(sides) else f"{sides[0]}"
+        for sides in zip(*[size for size, _ in headers.values()], strict=True)
     ]
+    depth, height, width = shape
     found = [
-        f"{len(kept)} pictures in {path}: width {spans[0]}, height {spans[1]}, "
-        f"modes {', '.join(sorted(modes))}; used as {height}x{width}, "
-        f"{channels} channel{'s' if channels > 1 else ''}"
+        f"{len(headers)} pictures in {path}: width {spans[0]}, height {spans[1]}, "
+        f"modes {', '.join(sorted({mode for _, mode in headers.values()}))}; used as "
+        f"{height}x{width}, {depth} channel{'s' if depth > 1 else ''}"
     ]
     if classes:
         counts = torch.bincount(labels, minlength=len(classes)).tolist()
@@ -80,50 +108,102 @@ def read(path, image_size=None, channels=None):
         found.append(
             f"{len(classes)} classes: " + ", ".join(some[:20] + ["..."] * (len(some) > 20))
         )
+    else:
+        found.append("no classes: not every picture lies in one of two or more class folders")
+    items = torch.from_numpy(items[: len(headers)])
     return Pictures(items, labels, classes, is_test, found + passed_over)
 
 
-def _list(path):
+@contextlib.contextmanager
+def _opened(path):
     """(names of pictures in order, name -> bytes, number of files that are no pictures)."""
-    if path.is_dir():
-        files = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
+    with contextlib.ExitStack() as stack:
+        if path.is_dir():
+            files = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
 
-        def load(name):
-            return (path / name).read_bytes()
-    elif path.suffix.lower() == ".zip":
-        try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise OSError(f"{path} is not a whole .zip file ({error})") from None
-        files, load = [n for n in archive.namelist() if not n.endswith("/")], archive.read
-    else:
-        raise OSError(f"{path} is neither a folder nor a .zip of pictures")
-    seen = [
-        f for f in files if not any(p.startswith((".", "__MACOSX")) for p in PurePosixPath(f).parts)
-    ]
-    names = sorted(f for f in seen if f.lower().endswith(SUFFIXES))
-    return names, load, len(seen) - len(names)
+            def load(name):
+                return (path / name).read_bytes()
+        elif path.suffix.lower() == ".zip":
+            file = stack.enter_context(open(path, "rb"))
+            try:
+                archive = zipfile.ZipFile(file)
+            except Exception as error:  # it, too, raises nearly anything on damaged files
+                raise OSError(f"{path} is not a whole .zip file ({error})") from None
+            files = {name for name in archive.namelist() if not name.endswith("/")}
+
+            def load(name):
+                if archive.getinfo(name).file_size > LARGEST_FILE:
+                    raise ValueError(f"unpacks to more than {LARGEST_FILE:,} bytes")
+                return archive.read(name)
+        else:
+            raise OSError(f"{path} is neither a folder nor a .zip of pictures")
+        seen = [
+            f
+            for f in files
+            if not any(p.startswith((".", "__MACOSX")) for p in PurePosixPath(f).parts)
+        ]
+        names = sorted(f for f in seen if f.lower().endswith(SUFFIXES))
+        yield names, load, len(seen) - len(names)
+
+
+def _shown(name):
+    """A file's name as one printable line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
 
 
 def _attempt(function, load, name, *args):
     """function(opened picture, *args), or the reason why this file cannot be read, a str."""
     try:
-        with Image.open(io.BytesIO(load(name))) as picture:
+        with Image.open(io.BytesIO(load(name)), formats=FORMATS) as picture:
             return function(picture, *args)
     except Exception as error:  # decoders raise nearly anything on damaged files
-        reason = str(error).split("<_io")[0].splitlines()
-        return f"{type(error).__name__} {reason[0][:80] if reason else ''}".strip()
+        reason = _shown(" ".join(str(error).split("<_io")[0].split()))
+        return f"{type(error).__name__} {reason[:80]}".strip()
 
 
 def _header(picture):
-    """((width, height) as seen, mode), without decoding."""
-    turned = picture.getexif().get(0x0112, 1) >= 5
-    return (picture.size[::-1] if turned else picture.size), picture.mode
+    """((width, height) as seen, mode)."""
+    return (picture.size[::-1] if _orientation(picture) >= 5 else picture.size), picture.mode
 
 
-def _pixels(picture, height, width, channels):
-    """A decoded picture as uint8 (channels, height, width)."""
-    picture = ImageOps.exif_transpose(picture)
+def _orientation(picture):
+    """1 to 8; 1, upright, when the EXIF data are absent or damaged."""
+    try:
+        orientation = picture.getexif().get(ORIENTATION)
+        return orientation if orientation in TURNS else 1
+    except Exception:  # a damaged tag says nothing of the pixels
+        return 1
+
+
+def _shape(headers, image_size, channels):
+    """(C, H, W) for pictures of these (size, mode)s."""
+    sizes = {size for size, _ in headers}
+    if len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_NATIVE:
+        default = next(iter(sizes))[::-1]
+    else:
+        default = DEFAULT_SIZE
+    grey = all(mode in GREY_MODES for _, mode in headers)
+    return (channels or (1 if grey else 3), *(image_size or default))
+
+
+def _space(count, shape):
+    """Room for `count` pictures. Raises ValueError when there is not as much memory."""
+    try:
+        return np.empty((count, *shape), np.uint8)
+    except (MemoryError, ValueError):
+        size = "x".join(map(str, shape[1:]))
+        raise ValueError(
+            f"--image_size {size}: {count} pictures of that size do not fit into memory; "
+            "choose a smaller one"
+        ) from None
+
+
+def _pixels(picture, shape):
+    """A decoded picture as uint8 (C, H, W)."""
+    channels, height, width = shape
+    picture.load()
+    turn = TURNS.get(_orientation(picture))
+    picture = picture if turn is None else picture.transpose(turn)
     if picture.mode.startswith("I"):  # 16 bits; convert() would cut them off at 255
         picture = Image.fromarray((np.asarray(picture) / 257).round().astype(np.uint8))
     elif picture.has_transparency_data:
@@ -136,24 +216,23 @@ def _pixels(picture, height, width, channels):
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 
-def _common_size(sizes):
-    if len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_NATIVE:
-        width, height = next(iter(sizes))
-        return height, width
-    return DEFAULT_SIZE
-
-
 def _classes(names):
     """(labels, classes, is_test) from the folders that the pictures lie in, below those that all
     share."""
-    folders = [PurePosixPath(name).parent.parts for name in names]
-    while all(folders) and len({f[0] for f in folders}) == 1:
-        folders = [f[1:] for f in folders]
+    folders = _below_shared([PurePosixPath(_shown(name)).parent.parts for name in names])
+    parts = [SPLITS.get(f[0].lower()) if f else None for f in folders]
     is_test = None
-    if {f[0].lower() for f in folders if f} == {"train", "test"} and all(folders):
-        is_test = torch.tensor([f[0].lower() == "test" for f in folders])
-        folders = [f[1:] for f in folders]
+    if set(parts) == {True, False}:
+        is_test = torch.tensor(parts)
+        folders = _below_shared([f[1:] for f in folders])
     classes = sorted({f[0] for f in folders if f})
     if len(classes) < 2 or not all(folders):
         return None, [], is_test
-    return torch.tensor([classes.index(f[0]) for f in folders]), classes, is_test
+    number = {c: i for i, c in enumerate(classes)}
+    return torch.tensor([number[f[0]] for f in folders]), classes, is_test
+
+
+def _below_shared(folders):
+    while all(folders) and len({f[0] for f in folders}) == 1:
+        folders = [f[1:] for f in folders]
+    return folders
