@@ -67,15 +67,19 @@ def main(args):
     return 0
 
 
-if __name__ == "__main__":
-    given = parse()
+def command(arguments=None):
+    """Run the script -> its exit code: 2 for what cannot be done, 1 for what was tried and
+    failed."""
+    given = parse(arguments)
     try:
-        sys.exit(main(given))
-    except ValueError as error:  # what was asked for cannot be done
+        return main(given)
+    except (ValueError, OSError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # it was tried and failed
-        print(f"generate.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        print("generate.py: stopped at once", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(command())

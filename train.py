@@ -28,13 +28,17 @@ def parse(arguments=None):
 
 
 class Stop:
-    """Ctrl-C or SIGTERM asks the loop to stop after the step at hand; a second one stops at
-    once."""
+    """Ctrl-C or SIGTERM asks the loop to stop after this step; a second one stops at once."""
 
-    def __init__(self):
-        self.signal = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
+    signal = None
+
+    def __enter__(self):
+        self.old = {n: signal.signal(n, self) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
 
     def __call__(self, number, frame):
         if self.signal:
@@ -54,55 +58,48 @@ def main(given):
     trainer = Trainer(settings, dataset, where, precision)
     if state:
         trainer.load(state)
-    items, minutes = settings.batch_size * settings.grad_accumulation, settings.max_minutes
-    steps = settings.steps(len(dataset.train))
-    length = f"{steps:,} steps" if steps else f"{minutes:g} minutes"
+    steps, minutes = settings.steps(len(dataset.train)), settings.max_minutes
     print(*dataset.describe(), trainer.describe(), sep="\n")
-    print(
-        f"run: {folder.resolve()}, {length}" + (f", on from step {trainer.step:,}" if state else "")
-    )
+    length = f"{steps:,} steps" if steps else f"{minutes:g} minutes"
+    print(f"run: {folder.resolve()}, step {trainer.step:,}, to run for {length}")
     if dry_run:
         _, loss, _, _ = trainer.train_step(0.0)
         print(f"dry run: one step went well, loss {loss:.4f}; nothing was written")
         return 0
 
-    log, stop = run.Run(folder, source, trainer.step), Stop()
+    log = run.Run(folder, source, trainer.step)
     started = time.monotonic() - trainer.seconds
 
     def progress():
-        """The share of the run that is done: of its steps, or of its minutes when they govern
-        it."""
+        """The share of the run that is done: of its steps, or of its minutes if they govern it."""
         trainer.seconds = time.monotonic() - started
-        return trainer.step / steps if steps else min(1.0, trainer.seconds / (60 * minutes))
+        spent = trainer.seconds / (60 * (minutes or math.inf))
+        share = trainer.step / steps if steps else spent
+        return min(share, 1.0), max(share, spent) >= 1
 
-    now = progress()
-    with tqdm(
-        total=steps and steps * items,
-        initial=trainer.step * items,
-        unit="item",
-        unit_scale=True,
-        mininterval=0.5 if sys.stderr.isatty() else 10,
-    ) as bar:
-        while now < 1 and not stop.signal and trainer.seconds < 60 * (minutes or math.inf):
+    items = settings.batch_size * settings.grad_accumulation
+    quiet = 0.5 if sys.stderr.isatty() else 10
+    bar = tqdm(total=steps and steps * items, initial=trainer.step * items, unit="item",
+               unit_scale=True, mininterval=quiet)  # fmt: skip
+    (now, done), saving, drawing = progress(), settings.save_every, settings.sample_every
+    with bar, Stop() as stop:
+        while not done and not stop.signal:
             log.add(trainer.step + 1, *trainer.train_step(now))
-            before, now = now, progress()
-            last = now >= 1 or trainer.seconds >= 60 * (minutes or math.inf)
-            if last or due(settings.save_every, trainer.step, before, now):
+            before, (now, done) = now, progress()
+            if done or due(saving, trainer.step, before, now):
                 bar.write(log.save(trainer, settings.keep))
-            if last or due(settings.sample_every or settings.save_every, trainer.step, before, now):
+            if done or due(drawing or saving, trainer.step, before, now):
                 bar.write(log.draw(trainer))
             left = "" if steps else f", {max(0, minutes - trainer.seconds / 60):.1f} min left"
             bar.set_postfix_str(f"loss {log.latest:.4f}{left}", refresh=False)
             bar.update(items)
-    if stop.signal:
-        print(f"stopped at step {trainer.step:,}: {log.pause(trainer)}")
+        if not done:
+            bar.write(f"stopped at step {trainer.step:,}, wrote {log.pause(trainer)}")
+    if not done:
         print(f"go on with: python train.py --resume {folder}")
         return 128 + stop.signal
-    print(
-        log.finish(trainer),
-        f"draw samples: python generate.py --checkpoint {folder / 'model.pth'}",
-        sep="\n",
-    )
+    print(log.finish(trainer))
+    print(f"draw samples with: python generate.py --checkpoint {folder / 'model.pth'}")
     return 0
 
 
@@ -111,16 +108,19 @@ def due(every, step, before, now):
     return step % every == 0 if every else int(10 * now) > int(10 * before)
 
 
-if __name__ == "__main__":
-    given = parse()
+def command(arguments=None):
+    """Run the script -> its exit code: 2 for what cannot be done, 1 for what was tried and
+    failed."""
+    given = parse(arguments)
     try:
-        sys.exit(main(given))
-    except ValueError as error:  # what was asked for cannot be done
+        return main(given)
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (OSError, FloatingPointError) as error:  # it was tried and failed
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(1)
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
-        print("train.py: stopped at once, nothing more was saved", file=sys.stderr)
-        sys.exit(130)
+        print("train.py: stopped at once; the last checkpoint stands", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(command())

@@ -60,7 +60,9 @@ class Config:
     data_dir: str = flag("data", "where downloaded datasets lie, or are put")
     image_size: list = flag(None, "size of pictures from a folder: N, or HxW", image_size)
     channels: int = flag(None, "1 grey, 3 colour (default: as the pictures are)", int, (1, 3))
-    test_fraction: float = flag(0.1, "share of a folder kept for testing", above=0, at_most=0.5)
+    test_fraction: float = flag(
+        None, "share of a folder kept for testing (default: 0.1)", float, above=0, at_most=0.5
+    )
     # the forward process
     schedule: str = flag("cosine", "noise schedule", choices=SCHEDULES)
     timesteps: int = flag(

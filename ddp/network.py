@@ -145,14 +145,19 @@ class UNet(nn.Module):
         widths = [width * m for m in multipliers]
         self.patch, self.stride = patch, patch * 2 ** (len(widths) - 1)
         self.embedding = LevelEmbedding(4 * width, pieces.activation, classes)
-        padded = [-(-s // self.stride) * self.stride for s in (height, size)]
+        side = min(-(-s // self.stride) * self.stride // patch for s in (height, size))
+        sides = [side // 2**i for i in range(len(widths))]
+        if set(attention) - set(sides):
+            raise ValueError(
+                f"--attention {','.join(map(str, attention))}: the feature maps here have "
+                f"{', '.join(map(str, sides))} pixels on their shorter side"
+            )
 
         def stage(width_in, width_out, level):
-            here = min(padded) // (patch * 2**level)
             inputs = [width_in] + [width_out] * (depth - 1)
             blocks = [Block(pieces, w, width_out, 4 * width) for w in inputs]
             return nn.ModuleList(
-                [*blocks, Attention(pieces, width_out)] if here in attention else blocks
+                [*blocks, Attention(pieces, width_out)] if sides[level] in attention else blocks
             )
 
         self.door = nn.Conv2d(channels * patch**2, widths[0], 3, padding=1)

@@ -77,19 +77,20 @@ def run_name(settings):
 def folder(settings, given, source=None, state=None):
     """The folder in which to run: a new one, or that of the checkpoint `source` unless the flags
     `given` name another. Raises ValueError when anything there would be overwritten."""
-    elsewhere = Path(settings.out_dir) / run_name(settings)
-    if source is None or (
-        {"name", "out_dir"} & set(given) and elsewhere.resolve() != source.parent.resolve()
-    ):
+    if source is None:
         return new_folder(settings.out_dir, settings.name, run_name(settings))
-    last = source.parent / "last.pth"
-    newest = read(last)["step"] if last.exists() and last != source else 0
+    own = source.parent
+    name, out_dir = given.get("name", own.name), Path(given.get("out_dir", own.parent))
+    if (out_dir / name).resolve() != own.resolve():
+        return new_folder(out_dir, name, name)
+    last = own / "last.pth"
+    newest = read(last)["step"] if last.exists() else 0
     if newest > state["step"]:
         raise ValueError(
             f"--resume {source} is at step {state['step']}, but {last} is at step {newest} and "
             "would be overwritten; resume that one, or give --name for a new run"
         )
-    return source.parent
+    return own
 
 
 class Run:
@@ -114,15 +115,17 @@ class Run:
         if loss.device.type == "cpu" or len(self.pending) % CHECK_EVERY == 0:
             self.check()
 
+    def failure(self, reason):
+        return FloatingPointError(
+            f"{reason}. Nothing was saved since {self.folder / 'last.pth'}, if that is there. "
+            "Try a lower --lr, a smaller --grad_clip, more --warmup, or --precision fp32"
+        )
+
     def check(self):
         for row in self.pending:
             row[2], row[3] = float(row[2]), float(row[3])
             if not math.isfinite(row[2]):
-                raise FloatingPointError(
-                    f"the loss became {row[2]} at step {row[0]}; nothing was saved "
-                    f"since {self.folder / 'last.pth'}, if that is there. Try a lower --lr, a "
-                    "smaller --grad_clip, more --warmup, or --precision fp32"
-                )
+                raise self.failure(f"the loss became {row[2]} at step {row[0]}")
             self.latest = row[2]
 
     def flush(self, test_loss=None):
@@ -142,6 +145,8 @@ class Run:
         checkpoint, of which the newest `keep` stay -> what was done, in a line."""
         trainer.average()
         test_loss = trainer.test_loss()
+        if not math.isfinite(test_loss):
+            raise self.failure(f"the test loss became {test_loss} at step {trainer.step}")
         self.flush(test_loss)
         is_best = trainer.best is None or test_loss < trainer.best
         trainer.best = test_loss if is_best else trainer.best

@@ -1,0 +1,361 @@
+"""The three scripts, from end to end, and as programs where signals and exit codes matter."""
+
+import contextlib
+import csv
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+
+from ddp import checkpoint
+
+TINY = ["--width", "8", "--depth", "1", "--batch_size", "16"]
+DIGITS = ROOT / "checkpoints" / "digits.pth"
+
+
+class Ran:
+    """What a script did: its exit code and what it said."""
+
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+
+def execute(script, flags, cwd):
+    """Run a script's command() in this process, in the folder `cwd`."""
+    flags = [str(flag) for flag in flags]
+    out, err = io.StringIO(), io.StringIO()
+    here = os.getcwd()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            os.chdir(cwd)
+            code = importlib.import_module(script.removesuffix(".py")).command(flags)
+        except SystemExit as stop:  # argparse's
+            code = stop.code
+        finally:
+            os.chdir(here)
+    return Ran(code, out.getvalue(), err.getvalue())
+
+
+def run(script, *flags, cwd):
+    """What a script says that must succeed."""
+    ran = execute(script, flags, cwd)
+    assert ran.code == 0, ran.err
+    return ran.out
+
+
+def refused(script, *flags, cwd, code=2):
+    """The last line of what a script says that must fail with `code`."""
+    ran = execute(script, flags, cwd)
+    assert ran.code == code, ran.out + ran.err
+    return ran.err.strip().splitlines()[-1]
+
+
+def log(folder):
+    with open(folder / "log.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder in which short runs on digits, conditional, and moons have been trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    out = run("train.py", *TINY, "--max_steps", 20, "--conditional", cwd=folder)
+    assert str(folder / "checkpoints" / "digits") in out
+    run("train.py", *TINY, "--dataset", "moons", "--max-steps", "12", cwd=folder)
+    return folder / "checkpoints"
+
+
+def test_train_writes_a_run(trained):
+    names = {p.name for p in (trained / "digits").iterdir()}
+    assert names == {
+        "last.pth", "best.pth", "model.pth", "log.csv", "loss.png", "samples",
+        "step_00000018.pth", "step_00000020.pth",
+    }  # fmt: skip
+    rows = log(trained / "digits")
+    assert [int(r["step"]) for r in rows] == list(range(1, 21))
+    assert [int(r["step"]) for r in rows if r["test_loss"]] == list(range(2, 21, 2))
+    assert len(list((trained / "digits" / "samples").iterdir())) == 10
+    best = min(float(r["test_loss"]) for r in rows if r["test_loss"])
+    assert checkpoint.read(trained / "digits" / "best.pth")["best"] == pytest.approx(best, rel=1e-6)
+
+
+def test_generate_every_format(trained, tmp_path):
+    out = run(
+        "generate.py",
+        "--checkpoint",
+        trained / "digits" / "model.pth",
+        "--num-samples",
+        12,
+        "--format",
+        "png,grid,npz,gif",
+        "--steps",
+        5,
+        "--batch_size",
+        5,
+        "--out",
+        "s",
+        cwd=tmp_path,
+    )
+    assert str(tmp_path / "s") in out
+    with np.load(tmp_path / "s" / "samples.npz") as arrays:
+        assert arrays["images"].shape == (12, 8, 8, 1)
+        assert arrays["images"].dtype == np.uint8
+        assert arrays["labels"].tolist() == [*range(10), 0, 1]
+        for i in range(12):
+            picture = np.asarray(Image.open(tmp_path / "s" / f"{i:06d}.png"))
+            assert (picture == arrays["images"][i, ..., 0]).all()
+    assert Image.open(tmp_path / "s" / "process.gif").n_frames == 5
+    assert Image.open(tmp_path / "s" / "grid.png").width > 150
+    assert "exists" in refused(
+        "generate.py", "--checkpoint", trained / "digits" / "model.pth", "--out", "s", cwd=tmp_path
+    )
+
+
+@pytest.mark.parametrize(("sampler", "eta"), [("ddpm", None), ("dpm++", None), ("ddim", 0.5)])
+def test_a_sample_does_not_depend_on_its_batch(trained, tmp_path, sampler, eta):
+    flags = ["--checkpoint", trained / "moons" / "last.pth", "--sampler", sampler, "--steps", 6]
+    flags += [] if eta is None else ["--eta", eta]
+    run("generate.py", *flags, "--num_samples", 9, "--out", "a.npz", cwd=tmp_path)
+    run(
+        "generate.py", *flags, "--num_samples", 8, "--batch_size", 3, "--out", "b.npz", cwd=tmp_path
+    )
+    a, b = (np.load(tmp_path / f"{n}.npz")["points"] for n in "ab")
+    assert a.shape == (9, 2)
+    assert a.dtype == np.float32
+    np.testing.assert_allclose(a[:8], b, rtol=1e-4, atol=1e-5)
+
+
+def test_points_are_shown_beside_real_ones(trained, tmp_path):
+    run("generate.py", "--checkpoint", trained / "moons" / "best.pth", "--num_samples", 50,
+        "--format", "grid,gif", "--steps", 3, "--out", "s", cwd=tmp_path)  # fmt: skip
+    assert {p.name for p in (tmp_path / "s").iterdir()} == {"grid.png", "process.gif"}
+    assert Image.open(tmp_path / "s" / "grid.png").width > 700
+
+
+def test_labels_are_chosen(trained, tmp_path):
+    flags = ["--checkpoint", trained / "digits" / "model.pth", "--num_samples", 4, "--steps", 2]
+    run("generate.py", *flags, "--label", "3,5", "--out", "a.npz", cwd=tmp_path)
+    assert np.load(tmp_path / "a.npz")["labels"].tolist() == [3, 5, 3, 5]
+    assert "--label 11" in refused("generate.py", *flags, "--label", "11", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["digits", "moons"])
+def test_evaluate(trained, tmp_path, name):
+    out = run(
+        "evaluate.py",
+        "--checkpoint",
+        trained / name / "last.pth",
+        "--test_items",
+        60,
+        "--num_samples",
+        40,
+        "--draws",
+        2,
+        "--steps",
+        4,
+        "--out",
+        "e",
+        cwd=tmp_path,
+    )
+    results = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    bound = results["bound"]
+    assert bound["unit"] == ("bits/dim" if name == "digits" else "nats")
+    total = sum(bound[term]["mean"] for term in ("prior", "diffusion", "reconstruction"))
+    assert bound["total"]["mean"] == pytest.approx(total)
+    assert f"{bound['total']['mean']:.4f}" in out
+    assert len(results["loss_by_level"]) == 10
+    assert results["quality"]["ratio"] > 1
+    assert Image.open(tmp_path / "e" / "evaluation.png").width > 500
+
+
+def test_evaluate_does_not_depend_on_the_batch(trained, tmp_path):
+    flags = [
+        "--checkpoint",
+        trained / "digits" / "last.pth",
+        "--test_items",
+        30,
+        "--num_samples",
+        30,
+    ]
+    flags += ["--steps", 3, "--draws", 2]
+    totals = []
+    for size in (30, 7):
+        run("evaluate.py", *flags, "--batch_size", size, "--out", f"e{size}", cwd=tmp_path)
+        results = json.loads((tmp_path / f"e{size}" / "evaluation.json").read_text())
+        totals.append([results["bound"]["total"]["mean"], results["quality"]["value"]])
+    assert totals[0] == pytest.approx(totals[1], rel=1e-3)
+
+
+def start(*flags, cwd):
+    return subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *TINY, *map(str, flags)],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_equals_uninterrupted(tmp_path, number):
+    flags = ["--max_steps", 300, "--save_every", 100, "--sample_every", 300, "--dropout", 0.1]
+    whole = start(*flags, "--name", "whole", cwd=tmp_path)
+    assert whole.wait(240) == 0, whole.stdout.read()
+    broken = start(*flags, "--name", "broken", cwd=tmp_path)
+    folder = tmp_path / "checkpoints" / "broken"
+    wait_for(folder / "step_00000100.pth", broken)
+    broken.send_signal(number)
+    said = broken.communicate(timeout=60)[0]
+    assert broken.returncode == 128 + number, said
+    assert "--resume" in said
+    step = checkpoint.read(folder / "last.pth")["step"]
+    assert 100 <= step < 300
+    run("train.py", "--resume", folder, cwd=tmp_path)
+    a, b = (checkpoint.read(tmp_path / "checkpoints" / n / "last.pth") for n in ("whole", "broken"))
+    assert a["step"] == b["step"] == 300
+    assert a["best"] == b["best"]
+    for part in ("model", "ema"):
+        for key in a[part]:
+            assert torch.equal(a[part][key], b[part][key]), key
+    for i, moments in a["optimizer"]["state"].items():
+        for key in moments:
+            assert torch.equal(moments[key], b["optimizer"]["state"][i][key])
+    logs = [(tmp_path / "checkpoints" / n / "log.csv").read_bytes() for n in ("whole", "broken")]
+    assert logs[0] == logs[1]
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
+    flags = ["--max_steps", 60, "--save_every", 20, "--sample_every", 60, "--name", "a"]
+    killed = start(*flags, cwd=tmp_path)
+    folder = tmp_path / "checkpoints" / "a"
+    wait_for(folder / "step_00000020.pth", killed)
+    killed.kill()
+    killed.wait()
+    with open(folder / "log.csv", "a") as f:
+        f.write("21,0.2,")  # a row that the crash cut short
+    run("train.py", *TINY, *flags, "--resume", "auto", cwd=tmp_path)
+    assert [int(r["step"]) for r in log(folder)] == list(range(1, 61))
+
+
+def test_nothing_is_overwritten(trained, tmp_path):
+    flags = [*TINY, "--max_steps", 2]
+    for _ in range(3):
+        run("train.py", *flags, cwd=tmp_path)
+    runs = tmp_path / "checkpoints"
+    assert {p.name for p in runs.iterdir()} == {"digits", "digits-2", "digits-3"}
+    run("train.py", *flags, "--name", "a", cwd=tmp_path)
+    before = {p: p.read_bytes() for p in (runs / "a").glob("*.*")}
+    assert "--resume" in refused("train.py", *flags, "--name", "a", cwd=tmp_path)
+    assert {p: p.read_bytes() for p in (runs / "a").glob("*.*")} == before
+    run("train.py", "--resume", runs / "a", "--max_steps", 6, "--keep", 9, cwd=tmp_path)
+    early = runs / "a" / "step_00000004.pth"
+    assert "--name" in refused("train.py", "--resume", early, "--max_steps", 9, cwd=tmp_path)
+    run("train.py", "--resume", early, "--max_steps", 5, "--name", "branch", cwd=tmp_path)
+    assert [int(r["step"]) for r in log(runs / "branch")] == [1, 2, 3, 4, 5]
+
+
+def test_a_dry_run_writes_nothing(tmp_path):
+    out = run("train.py", *TINY, "--dry-run", cwd=tmp_path)
+    assert "parameters" in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
+    flags = [*TINY, "--lr", 1e30, "--grad_clip", 0, "--warmup", 0, "--save_every", 1]
+    said = refused("train.py", *flags, "--max_steps", 50, cwd=tmp_path, code=1)
+    assert "--lr" in said
+    for path in (tmp_path / "checkpoints" / "digits").glob("*.pth"):
+        state = checkpoint.read(path)
+        assert all(v.isfinite().all() for part in ("model", "ema") for v in state[part].values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ("--epochs 0", "--epochs"),
+        ("--epochs -3", "--epochs"),
+        ("--lr nan", "--lr"),
+        ("--lr abc", "--lr"),
+        ("--batch_size 0", "--batch_size"),
+        ("--batch_size 1", "BatchNorm"),
+        ("--dropout 1.5", "--dropout"),
+        ("--width 0", "--width"),
+        ("--dataset nowhere", "nowhere"),
+        ("--schedule cubic", "schedule"),
+        ("--image_size 0", "image_size"),
+        ("--image_size 8x8", "--image_size"),
+        ("--seed -1", "--seed"),
+        ("--device tpu", "tpu"),
+        ("--precision fp16 --device cpu", "fp16"),
+        ("--dataset moons --conditional", "--conditional"),
+        ("--dataset moons --attention 4", "--attention"),
+        ("--attention 5", "--attention"),
+        ("--timesteps -1", "--timesteps"),
+        ("--unknown 1", "--unknown"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_code_2(tmp_path, flags, word):
+    assert word in refused("train.py", *flags.split(), cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        ("--num_samples 0", "--num_samples"),
+        ("--steps 0", "--steps"),
+        ("--steps 1001", "--steps 1001"),
+        ("--eta 0.5 --sampler dpm++", "--eta"),
+        ("--eta 2", "--eta"),
+        ("--label 3", "--conditional"),
+        ("--format bmp", "bmp"),
+        ("--format npz --out x.png", "x.png"),
+        ("--batch_size 0", "--batch_size"),
+        ("--sampler magic", "magic"),
+    ],
+)
+def test_generate_refuses(trained, tmp_path, flags, word):
+    path = trained / "moons" / "model.pth"
+    assert word in refused("generate.py", "--checkpoint", path, *flags.split(), cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "generate.py"])
+def test_a_missing_or_damaged_checkpoint_is_one_line_and_code_1(script, tmp_path):
+    assert "none.pth" in refused(script, "--checkpoint", "none.pth", cwd=tmp_path, code=1)
+    (tmp_path / "bad.pth").write_bytes(b"PK nonsense")
+    assert "bad.pth" in refused(script, "--checkpoint", "bad.pth", cwd=tmp_path, code=1)
+
+
+def test_the_shipped_digits(tmp_path):
+    assert DIGITS.stat().st_size <= 2_000_000
+    _, config, state = checkpoint.load_model(DIGITS)
+    assert (config.dataset, config.epochs, config.lr, config.batch_size) == (
+        "digits",
+        100,
+        1e-3,
+        128,
+    )
+    assert set(state) == set(checkpoint.INFERENCE)
+    run("evaluate.py", "--checkpoint", DIGITS, "--num_samples", 360, "--steps", 20, "--draws", 4,
+        "--out", "e", cwd=tmp_path)  # fmt: skip
+    results = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert results["fingerprint"] == state["provenance"]["fingerprint"]
+    assert results["quality"]["ratio"] < 2
+    assert results["bound"]["total"]["mean"] < 4

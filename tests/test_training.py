@@ -1,0 +1,186 @@
+"""Training: exact resume, the EMA and its BatchNorm statistics, and that it learns."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from ddp import data
+from ddp.config import Config
+from ddp.training import Trainer
+
+TINY = {"width": 8, "depth": 1, "batch_size": 16, "warmup": 2}
+
+
+def trainer_for(name="digits", precision="fp32", **flags):
+    dataset = data.load(name)
+    config = Config(dataset=name, **{**TINY, **flags}).for_data(dataset)
+    return Trainer(config, dataset, precision=precision)
+
+
+def tensors(state):
+    """All tensors of a nested state, by the path to them."""
+    if isinstance(state, torch.Tensor):
+        return {"": state}
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    if not isinstance(state, (dict, list, tuple)):
+        return {}
+    return {
+        f"{k}.{path}": t
+        for k, v in items
+        if isinstance(v, (dict, list, tuple, torch.Tensor))
+        for path, t in tensors(v).items()
+    }
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"dropout": 0.3},
+        {"conditional": True, "grad_accumulation": 2},
+        {"norm": "group", "predict": "eps", "weighting": "snr", "loss": "huber"},
+        {"timesteps": 0, "schedule": "sigmoid", "attention": [4], "lr_schedule": "constant"},
+        {"dataset": "moons", "dropout": 0.1},
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resumed_equals_uninterrupted(flags, precision):
+    flags = dict(flags)
+    name, total, cut = flags.pop("dataset", "digits"), 6, 3
+
+    def steps(trainer, until):
+        return [
+            trainer.train_step(trainer.step / total)[1].item() for _ in range(trainer.step, until)
+        ]
+
+    one = trainer_for(name, precision, **flags)
+    losses = steps(one, total)
+    one.average()
+    other = trainer_for(name, precision, **flags)
+    first = steps(other, cut)
+    other.average()  # as every save does; it must leave no trace
+    torch.manual_seed(1234)  # nor may the generator's state matter
+    resumed = trainer_for(name, precision, **flags)
+    resumed.load(other.state())
+    assert first + steps(resumed, total) == losses
+    resumed.average()
+    a, b = tensors(one.state()), tensors(resumed.state())
+    assert a.keys() == b.keys()
+    assert len(a) > 50
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def test_resume_refuses_other_data():
+    trainer = trainer_for()
+    state = trainer.state()
+    trainer.dataset = dataclasses.replace(trainer.dataset, train=trainer.dataset.train.flip(0))
+    with pytest.raises(OSError, match="--data_dir"):
+        trainer.load(state)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    trainer = trainer_for(width=16, lr=1e-2, lr_schedule="constant")
+    for _ in range(250):
+        trainer.train_step(0.0)
+    return trainer
+
+
+def test_it_learns(trained):
+    trained.average()
+    fresh = trainer_for(width=16)
+    fresh.average()
+    assert trained.test_loss() < 0.6 * fresh.test_loss()
+    assert trained.test_loss() == trained.test_loss()
+
+
+def test_ema_with_the_raw_models_statistics_is_a_worse_network(trained):
+    """The reason for average(): skipping the recomputation loses quality."""
+    trained.average()
+    recomputed = trained.test_loss()
+    raw = dict(trained.model.named_buffers())
+    for name, buffer in trained.ema.named_buffers():
+        buffer.copy_(raw[name])
+    copied = trained.test_loss()
+    for norm in trained.ema.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.reset_running_stats()
+    never = trained.test_loss()
+    assert recomputed < 0.99 * copied
+    assert recomputed < 0.9 * never
+
+
+def test_statistics_are_those_of_the_whole_population(trained):
+    """The first BatchNorm's statistics are its input's mean and variance over training draws."""
+    model = trained.average()
+    block = model.network.down[0][0]
+    inputs = []
+    hook = block.first.register_forward_hook(lambda m, i, out: inputs.append(out))
+    with torch.no_grad():
+        for step in range(1000, 1008):  # other draws than those of average()
+            x0, label = trained.training_batch(step, 512)
+            trained.loss(model, x0, label, step, "test")
+    hook.remove()
+    values = torch.cat(inputs).transpose(0, 1).flatten(1)
+    sd = values.std(dim=1)
+    assert ((block.norm1.running_mean - values.mean(dim=1)).abs() < 0.05 * sd).all()
+    torch.testing.assert_close(block.norm1.running_var.sqrt(), sd, rtol=0.05, atol=1e-4)
+
+
+def test_average_is_a_function_of_the_weights(trained):
+    first = {k: v.clone() for k, v in trained.average().state_dict().items()}
+    for norm in trained.ema.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.running_mean.fill_(7)
+            norm.num_batches_tracked.fill_(3)
+    for key, value in trained.average().state_dict().items():
+        assert torch.equal(value, first[key]), key
+    assert all(n.momentum == 0.1 for n in trained.ema.modules() if isinstance(n, nn.BatchNorm2d))
+
+
+def test_ema_is_the_recurrence():
+    trainer = trainer_for(ema_decay=0.2)
+    expected = [p.clone() for p in trainer.ema.parameters()]
+    for i in range(4):
+        trainer.train_step(0.0)
+        decay = min(0.2, (i + 1) / (i + 10))
+        expected = [
+            decay * e + (1 - decay) * p.detach()
+            for e, p in zip(expected, trainer.model.parameters(), strict=True)
+        ]
+    for e, p in zip(expected, trainer.ema.parameters(), strict=True):
+        torch.testing.assert_close(e, p)
+
+
+def test_accumulated_batches_are_one_large_batch_without_batchnorm():
+    """Their gradient is the mean of the parts'."""
+    parts = trainer_for(norm="none", grad_accumulation=4, batch_size=4, grad_clip=0.0)
+    losses = []
+    for batch in range(4):
+        x0, label = parts.training_batch(batch, 4)
+        losses.append(parts.loss(parts.model, x0, label, batch, "train").mean())
+    expected = torch.autograd.grad(sum(losses) / 4, list(parts.model.network.out.parameters()))
+    seen = []
+    parts.optimizer.register_step_pre_hook(
+        lambda *_: seen.extend(p.grad.clone() for p in parts.model.network.out.parameters())
+    )
+    _, loss, _, _ = parts.train_step(0.0)
+    torch.testing.assert_close(loss, sum(losses).detach() / 4)
+    for a, b in zip(expected, seen, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_learning_rate_warms_up_and_falls():
+    trainer = trainer_for(warmup=3, lr=1e-2, lr_schedule="linear")
+    rates = [trainer.train_step(p)[-1] for p in (0.0, 0.0, 0.0, 0.0, 0.5, 1.0)]
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.005, 0.0])
+
+
+def test_hidden_labels_are_about_the_share_asked_for():
+    trainer = trainer_for(conditional=True, label_dropout=0.25)
+    labels = torch.cat([trainer.training_batch(i, 500)[1] for i in range(8)])
+    assert abs((labels == 10).float().mean() - 0.25) < 0.03
+    assert set(labels.tolist()) == set(range(11))
