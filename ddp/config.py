@@ -18,6 +18,7 @@ LR_SCHEDULES = {  # progress in [0, 1] -> the share of --lr
 }
 DEFAULT_EPOCHS = 100
 MAX_LIST = 8
+OPTIMIZERS = ("muon", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 # The network's size where no flag gives it. `pictures` serves every other image dataset.
@@ -89,6 +90,7 @@ class Config:
     epochs: float = flag(None, "passes over the data (default: 100)", float, above=0)
     max_steps: int = flag(None, "stop after this many steps", int, at_least=1)
     max_minutes: float = flag(None, "stop after this many minutes", float, above=0)
+    optimizer: str = flag("muon", "of the layers that are normalised", choices=OPTIMIZERS)
     lr: float = flag(1e-3, "peak learning rate", above=0)
     lr_schedule: str = flag("cosine", "course of the learning rate", choices=LR_SCHEDULES)
     warmup: int = flag(100, "steps in which the learning rate rises", at_least=0)

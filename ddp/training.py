@@ -16,10 +16,19 @@ from ddp.network import Block
 
 STATISTICS_BATCHES = 16  # of STATISTICS_ITEMS each, to recompute BatchNorm's statistics
 STATISTICS_ITEMS = {True: 512, False: 8192}  # is_image: a picture has many positions, a point one
-# A normalisation cancels the scale of the weights before it, so that only a step relative to their
-# size counts (van Laarhoven 2017), and Kaiming's size makes that step small. Measured in docs/.
-NORMALISED_LR = 5.0
+# Muon's step in units of --lr. A normalisation cancels the scale of the weights before it, so only
+# the step relative to their size counts (van Laarhoven 2017). Measured: docs/training.md.
+MUON_LR = 80.0
 TEST_ITEMS, TEST_BATCH = 2000, 500
+
+
+def as_matrix(weight):
+    """A view of a weight (out, in, ...) as (out, N): what a channels-last convolution multiplies
+    by.
+
+    It must share memory: Muon writes its steps through it."""
+    weight = weight.detach()
+    return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).view(len(weight), -1)
 
 
 class Trainer:
@@ -37,19 +46,20 @@ class Trainer:
             self.model.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         blocks = [m for m in self.model.modules() if isinstance(m, Block)]
-        normalised = [weight for block in blocks for weight in block.normalised_weights()]
-        chosen = {id(p) for p in normalised}
-        others = [p for p in self.model.parameters() if id(p) not in chosen]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": others, "scale": 1.0},
-                {"params": normalised, "scale": NORMALISED_LR},
-            ],
-            lr=config.lr,
-            betas=(0.9, 0.99),
-            weight_decay=config.weight_decay,
-            fused=self.device.type in ("cpu", "cuda"),
-        )
+        hidden = [w for b in blocks for w in b.normalised_weights()]
+        self.matrices = [] if config.optimizer == "adamw" else [(w, as_matrix(w)) for w in hidden]
+        taken = {id(weight) for weight, _ in self.matrices}
+        self.optimizers = [
+            torch.optim.AdamW(
+                [p for p in self.model.parameters() if id(p) not in taken],
+                betas=(0.9, 0.99),
+                weight_decay=config.weight_decay,
+                fused=self.device.type in ("cpu", "cuda"),
+            )
+        ]
+        if self.matrices:
+            matrices = [matrix for _, matrix in self.matrices]
+            self.optimizers.append(torch.optim.Muon(matrices, weight_decay=0.0))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def describe(self):
@@ -85,8 +95,9 @@ class Trainer:
         config = self.config
         warm = min(1.0, (self.step + 1) / (config.warmup + 1))
         lr = config.lr * warm * LR_SCHEDULES[config.lr_schedule](progress)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+        for optimizer, scale in zip(self.optimizers, (1.0, MUON_LR), strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * scale
         self.model.train()
         total = 0.0
         for i in range(config.grad_accumulation):
@@ -97,12 +108,16 @@ class Trainer:
             loss = loss / config.grad_accumulation
             self.scaler.scale(loss).backward()
             total = total + loss.detach()
-        self.scaler.unscale_(self.optimizer)
+        for weight, matrix in self.matrices:
+            matrix.grad = as_matrix(weight.grad)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         limit = config.grad_clip or float("inf")
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.scaler.step(self.optimizer)
+        for optimizer in self.optimizers:
+            self.scaler.step(optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         self.step += 1
         # a young average forgets faster: it would hold on to the start for the whole of a short run
         decay = min(config.ema_decay, self.step / (self.step + 9))
@@ -151,7 +166,7 @@ class Trainer:
             "provenance": provenance(self.dataset),
             "ema": self.ema.state_dict(),
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
             "best": self.best,
             "seconds": self.seconds,
@@ -167,6 +182,7 @@ class Trainer:
             )
         self.ema.load_state_dict(state["ema"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(self.optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(saved)
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]

@@ -40,6 +40,7 @@ def tensors(state):
         {},
         {"dropout": 0.3},
         {"conditional": True, "grad_accumulation": 2},
+        {"optimizer": "adamw"},
         {"norm": "group", "predict": "eps", "weighting": "snr", "loss": "huber"},
         {"timesteps": 0, "schedule": "sigmoid", "attention": [4], "lr_schedule": "constant"},
         {"dataset": "moons", "dropout": 0.1},
@@ -164,7 +165,7 @@ def test_accumulated_batches_are_one_large_batch_without_batchnorm():
         losses.append(parts.loss(parts.model, x0, label, batch, "train").mean())
     expected = torch.autograd.grad(sum(losses) / 4, list(parts.model.network.out.parameters()))
     seen = []
-    parts.optimizer.register_step_pre_hook(
+    parts.optimizers[0].register_step_pre_hook(
         lambda *_: seen.extend(p.grad.clone() for p in parts.model.network.out.parameters())
     )
     _, loss, _, _ = parts.train_step(0.0)
@@ -184,3 +185,18 @@ def test_hidden_labels_are_about_the_share_asked_for():
     labels = torch.cat([trainer.training_batch(i, 500)[1] for i in range(8)])
     assert abs((labels == 10).float().mean() - 0.25) < 0.03
     assert set(labels.tolist()) == set(range(11))
+
+
+def test_muon_moves_the_weights_themselves():
+    """Its matrices are views of the convolutions, so that a step reaches the network."""
+    trainer = trainer_for(warmup=0, grad_clip=0.0)
+    before = [weight.detach().clone() for weight, _ in trainer.matrices]
+    for _ in range(4):  # output and residual branches start at zero, so gradients take a while
+        trainer.train_step(0.0)
+    assert len(before) == sum(1 for n, _ in trainer.model.named_parameters() if "norm" in n) / 2
+    for old, (weight, matrix) in zip(before, trainer.matrices, strict=True):
+        assert matrix.data_ptr() == weight.data_ptr()
+        assert not torch.equal(old, weight)
+    fresh = trainer_for(warmup=0, grad_clip=0.0, optimizer="adamw")
+    assert not fresh.matrices
+    assert len(fresh.optimizers[0].param_groups[0]["params"]) == len(list(fresh.model.parameters()))
