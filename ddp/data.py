@@ -394,15 +394,22 @@ def load_cifar10(data_dir, progress=None):
     return Dataset("cifar10", *images, *labels, CLASSES["cifar10"])
 
 
-def load_folder(path, image_size=None, channels=None, test_fraction=0.1):
-    """A folder or .zip of pictures; see ddp/pictures.py for how each is read."""
+def load_folder(path, image_size=None, channels=None, test_fraction=None):
+    """A folder or .zip of pictures, split by its folders `train` and `test` if it has them, else
+    at random (default: 0.1 for testing), the same way every time; see ddp/pictures.py for how each
+    is read."""
     read = pictures.read(path, image_size, channels)
     items, labels, is_test = read.items, read.labels, read.is_test
     if len(items) < 2:
         raise OSError(f"{path} holds one readable picture; at least 2 are needed")
-    if is_test is None:  # no published split: a fixed random one
+    if is_test is not None and test_fraction:
+        raise ValueError(
+            f"--test_fraction {test_fraction}: {path} has folders for training and testing; "
+            "leave the flag out"
+        )
+    if is_test is None:
         order = np.random.RandomState(0).permutation(len(items))
-        count = min(max(1, round(test_fraction * len(items))), len(items) - 1)
+        count = min(max(1, round((test_fraction or 0.1) * len(items))), len(items) - 1)
         is_test = torch.zeros(len(items), dtype=torch.bool)
         is_test[order[:count]] = True
     parts = [items[~is_test], items[is_test]]
@@ -421,16 +428,17 @@ def load(
     seed=0,
     image_size=None,
     channels=None,
-    test_fraction=0.1,
+    test_fraction=None,
     progress=None,
 ):
     """The dataset called `name`, or the pictures at the path `name`, as a Dataset.
 
     Raises ValueError for a name that is neither, OSError for data that is missing or damaged."""
-    if name in NAMES and (image_size or channels):
+    flags = {"image_size": image_size, "channels": channels, "test_fraction": test_fraction}
+    given = [f"--{flag}" for flag, value in flags.items() if value is not None]
+    if name in NAMES and given:
         raise ValueError(
-            f"--image_size and --channels are for a folder or .zip of pictures, not for {name}; "
-            "leave them out"
+            f"{', '.join(given)}: only for a folder or .zip of pictures, not for --dataset {name}"
         )
     if name in POINTS:
         return load_points(name, seed)

@@ -98,6 +98,12 @@ def uniform(seed, stream, step, indices):
     return (words(seed, len(STREAMS) + STREAMS[stream], step, indices, 1)[:, 0] >> 8) * 2.0**-24
 
 
+def draw_seed(seed, step):
+    """A seed in [0, 2³²) for a generator of PyTorch's, keyed by (seed, step): the CPU's keeps 32
+    bits."""
+    return int(words(seed, 2 * len(STREAMS), step, torch.zeros(1, dtype=torch.long), 1))
+
+
 def normal(seed, stream, step, indices, event):
     """eps ~ N(0, I), (B, *event) float32, keyed by (seed, stream, step, index); by Box & Muller
     1958."""

@@ -3,7 +3,8 @@
 The rules: EXIF rotation is applied; a palette is looked up, and counts as colour; transparency is
 laid over white; 16 bits are scaled to 8, not cut off; CMYK becomes RGB; of an animation the first
 frame counts. A picture is scaled until it covers the target and cut to it about its centre. Hidden
-files are passed over; damaged ones are skipped, and change nothing for the others.
+files are passed over; damaged ones, and those above Pillow's limit of 89 million pixels, are
+skipped and change nothing for the others.
 """
 
 import concurrent.futures
@@ -56,7 +57,8 @@ def read(path, image_size=None, channels=None):
     """All pictures under the folder or .zip `path`, in the order of their names, as `Pictures`.
 
     image_size: (H, W), or None for the pictures' common size up to 64, else 32x32. channels: 1 or
-    3, or None for 1 when every picture is grey. Raises OSError when no picture can be read."""
+    3, or None for 1 when every picture is grey. Raises OSError when no picture can be read, and
+    ValueError when they do not fit into memory."""
     with (
         _opened(Path(path)) as (names, load, ignored),
         concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -65,24 +67,11 @@ def read(path, image_size=None, channels=None):
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
 
-        def each(function, names, *args):  # (name, result) of each, decoded in threads
+        def each(function, names, *args):  # (name, result) of each, in threads
             results = pool.map(lambda name: _attempt(function, load, name, *args), names)
             return zip(names, results, strict=True)
 
-        headers, skipped = {}, {}
-        for name, header in each(_header, names):
-            (skipped if isinstance(header, str) else headers)[name] = header
-        shape = None
-        while shape != (shape := _shape(headers.values(), image_size, channels)):
-            items = _space(len(headers), shape)
-            broken = {}  # a header can promise what the rest does not hold
-            for i, (name, pixels) in enumerate(each(_pixels, headers, shape)):
-                if isinstance(pixels, str):
-                    broken[name] = pixels
-                else:
-                    items[i - len(broken)] = pixels
-            skipped |= broken
-            headers = {name: h for name, h in headers.items() if name not in broken}
+        headers, skipped, items = _decode(names, each, image_size, channels)
     passed_over = [f"skipped {_shown(name)}: {why}" for name, why in list(skipped.items())[:5]]
     if len(skipped) > 5:
         passed_over.append(f"skipped {len(skipped) - 5} more that could not be read")
@@ -92,26 +81,47 @@ def read(path, image_size=None, channels=None):
         reasons = "; ".join(passed_over) or f"it holds no {', '.join(SUFFIXES)}"
         raise OSError(f"{path}: no picture could be read: {reasons}")
     labels, classes, is_test = _classes(headers)
-    spans = [
-        f"{min(sides)} to {max(sides)}" if min(sides) < max(sides) else f"{sides[0]}"
-        for sides in zip(*[size for size, _ in headers.values()], strict=True)
-    ]
-    depth, height, width = shape
-    found = [
-        f"{len(headers)} pictures in {path}: width {spans[0]}, height {spans[1]}, "
-        f"modes {', '.join(sorted({mode for _, mode in headers.values()}))}; used as "
-        f"{height}x{width}, {depth} channel{'s' if depth > 1 else ''}"
-    ]
-    if classes:
-        counts = torch.bincount(labels, minlength=len(classes)).tolist()
-        some = [f"{c} {n}" for c, n in zip(classes, counts, strict=True)]
-        found.append(
-            f"{len(classes)} classes: " + ", ".join(some[:20] + ["..."] * (len(some) > 20))
-        )
-    else:
-        found.append("no classes: not every picture lies in one of two or more class folders")
-    items = torch.from_numpy(items[: len(headers)])
-    return Pictures(items, labels, classes, is_test, found + passed_over)
+    found = [*_found(path, headers, items.shape[1:], labels, classes), *passed_over]
+    return Pictures(torch.from_numpy(items), labels, classes, is_test, found)
+
+
+def _decode(names, each, image_size, channels):
+    """(headers, skipped, items): what was read, (size, mode) by name; what was not, the reason by
+    name; and the pixels, (N, C, H, W)."""
+    headers, skipped, shape = {}, {}, None
+    for name, header in each(_header, names):
+        (skipped if isinstance(header, str) else headers)[name] = header
+    # a header can promise what the rest does not hold: then the others may want another shape
+    while shape != (shape := _shape(headers.values(), image_size, channels)):
+        try:
+            items = np.empty((len(headers), *shape), np.uint8)
+        except (MemoryError, ValueError):
+            size = f"{len(headers)} pictures of {shape[1]}x{shape[2]}"
+            raise ValueError(f"--image_size: {size} do not fit into memory") from None
+        broken = {}
+        for i, (name, pixels) in enumerate(each(_pixels, headers, shape)):
+            if isinstance(pixels, str):
+                broken[name] = pixels
+            else:
+                items[i - len(broken)] = pixels
+        skipped |= broken
+        headers = {name: header for name, header in headers.items() if name not in broken}
+    return headers, skipped, items[: len(headers)]
+
+
+def _found(path, headers, shape, labels, classes):
+    """What to tell about the pictures that were read, a list of lines."""
+    sides = zip(*[size for size, _ in headers.values()], strict=True)
+    width, height = (f"{min(s)} to {max(s)}" if min(s) < max(s) else f"{s[0]}" for s in sides)
+    modes = ", ".join(sorted({mode for _, mode in headers.values()}))
+    used = f"{shape[1]}x{shape[2]}, {shape[0]} channel{'s' if shape[0] > 1 else ''}"
+    found = f"{len(headers)} pictures in {path}: width {width}, height {height}, modes {modes}"
+    if not classes:
+        return [f"{found}; used as {used}", "no classes: that takes two or more class folders"]
+    counts = torch.bincount(labels, minlength=len(classes)).tolist()
+    some = [f"{c} {n}" for c, n in zip(classes, counts, strict=True)]
+    some = ", ".join(some[:20] + ["..."] * (len(some) > 20))
+    return [f"{found}; used as {used}", f"{len(classes)} classes: {some}"]
 
 
 @contextlib.contextmanager
@@ -186,22 +196,10 @@ def _shape(headers, image_size, channels):
     return (channels or (1 if grey else 3), *(image_size or default))
 
 
-def _space(count, shape):
-    """Room for `count` pictures. Raises ValueError when there is not as much memory."""
-    try:
-        return np.empty((count, *shape), np.uint8)
-    except (MemoryError, ValueError):
-        size = "x".join(map(str, shape[1:]))
-        raise ValueError(
-            f"--image_size {size}: {count} pictures of that size do not fit into memory; "
-            "choose a smaller one"
-        ) from None
-
-
 def _pixels(picture, shape):
     """A decoded picture as uint8 (C, H, W)."""
     channels, height, width = shape
-    picture.load()
+    picture.load()  # what it raises within _orientation would pass for damaged EXIF
     turn = TURNS.get(_orientation(picture))
     picture = picture if turn is None else picture.transpose(turn)
     if picture.mode.startswith("I"):  # 16 bits; convert() would cut them off at 255

@@ -9,7 +9,7 @@ from torch import nn
 from ddp.checkpoint import FORMAT, provenance
 from ddp.config import LR_SCHEDULES
 from ddp.data import to_float
-from ddp.forward import diffuse, normal, uniform
+from ddp.forward import diffuse, draw_seed, normal, uniform
 from ddp.loss import denoising
 from ddp.model import DiffusionModel
 from ddp.network import Block
@@ -102,7 +102,7 @@ class Trainer:
         total = 0.0
         for i in range(config.grad_accumulation):
             batch = self.step * config.grad_accumulation + i
-            torch.manual_seed((config.seed << 32) + batch)  # dropout is a function of position, too
+            torch.manual_seed(draw_seed(config.seed, batch))  # dropout is positional, too
             x0, label = self.training_batch(batch, config.batch_size)
             loss = self.loss(self.model, x0, label, batch, "train").mean()
             loss = loss / config.grad_accumulation

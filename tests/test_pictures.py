@@ -1,0 +1,523 @@
+"""Pictures of every kind, in folders and .zip files, whole, damaged and hostile."""
+
+import io
+import itertools
+import os
+import random
+import struct
+import warnings
+import zipfile
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from ddp import data, pictures
+
+COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], np.uint8)
+
+
+def save(path, array, mode=None, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = array if isinstance(array, Image.Image) else Image.fromarray(np.asarray(array))
+    (picture.convert(mode) if mode else picture).save(path, **options)
+    return path
+
+
+def grey(level, size=(4, 4)):
+    return np.full(size, level, np.uint8)
+
+
+def noise(height, width, seed=0):
+    return np.random.RandomState(seed).randint(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def zipped(folder, path, top="", compression=zipfile.ZIP_DEFLATED):
+    """The folder's files in a .zip, in an order that is not that of their names."""
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
+        random.Random(0).shuffle(files)
+        for file in files:
+            archive.write(file, top + file.relative_to(folder).as_posix())
+    return path
+
+
+def only(path, **options):
+    """The one picture there, (C, H, W) as a numpy array."""
+    (item,) = pictures.read(path, **options).items
+    return item.numpy()
+
+
+def refused(path, match):
+    with pytest.raises(OSError, match=match) as caught:
+        pictures.read(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---- modes ----
+
+
+@pytest.mark.parametrize("suffix", [".png", ".PNG", ".webp"])
+def test_colour_is_kept_to_the_last_bit(tmp_path, suffix):
+    array = noise(6, 9)
+    save(tmp_path / f"a{suffix}", array, lossless=True)
+    assert np.array_equal(only(tmp_path), array.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".Jpg"])
+def test_jpeg_is_what_pillow_reads(tmp_path, suffix):
+    path = save(tmp_path / f"a{suffix}", noise(16, 24))
+    assert np.array_equal(only(tmp_path), np.asarray(Image.open(path)).transpose(2, 0, 1))
+
+
+def test_grey_has_one_channel(tmp_path):
+    array = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    save(tmp_path / "a.png", array)
+    assert np.array_equal(only(tmp_path), array[None])
+    assert np.array_equal(only(tmp_path, channels=3), np.stack([array] * 3))
+
+
+def test_black_and_white(tmp_path):
+    array = np.eye(5, dtype=bool)
+    save(tmp_path / "a.png", array)
+    assert Image.open(tmp_path / "a.png").mode == "1"
+    assert np.array_equal(only(tmp_path), 255 * array[None].astype(np.uint8))
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    array = np.linspace(0, 65535, 48).round().astype(np.uint16).reshape(6, 8)
+    save(tmp_path / "a.png", array)
+    assert Image.open(tmp_path / "a.png").mode.startswith("I")
+    assert np.array_equal(only(tmp_path), (array / 257).round().astype(np.uint8)[None])
+    assert np.array_equal(only(tmp_path, channels=3)[2], only(tmp_path)[0])
+
+
+def test_a_palette_is_looked_up(tmp_path):
+    indices = np.arange(16, dtype=np.uint8).reshape(4, 4) % 4
+    picture = Image.fromarray(indices).convert("P")
+    picture.putpalette(COLOURS.flatten().tolist())
+    picture.putdata(indices.flatten().tolist())
+    save(tmp_path / "a.png", picture)
+    assert Image.open(tmp_path / "a.png").mode == "P"
+    assert np.array_equal(only(tmp_path), COLOURS[indices].transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("transparency", [2, bytes([255, 255, 0, 128])])
+def test_transparent_entries_of_a_palette_are_white(tmp_path, transparency):
+    picture = Image.new("P", (2, 2))
+    picture.putpalette(COLOURS.flatten().tolist())
+    picture.putdata([0, 1, 2, 3])
+    save(tmp_path / "a.png", picture, transparency=transparency)
+    expected = COLOURS.copy()
+    expected[2] = 255
+    if isinstance(transparency, bytes):
+        expected[3] = [255, 255, 127]
+    assert np.array_equal(only(tmp_path), expected.reshape(2, 2, 3).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("RGBA", ".png"), ("RGBA", ".webp"), ("LA", ".png")])
+def test_transparency_is_laid_over_white(tmp_path, mode, suffix):
+    colour = [(10, 200, 90), (77, 77, 77)][mode == "LA"]
+    alphas = (0, 51, 128, 255)
+    picture = Image.new("RGBA", (4, 1))
+    picture.putdata([(*colour, alpha) for alpha in alphas])
+    save(tmp_path / f"a{suffix}", picture, mode, lossless=True, exact=True)
+    assert Image.open(tmp_path / f"a{suffix}").mode == mode
+    expected = [[(c * a + 255 * (255 - a)) / 255 for a in alphas] for c in colour]
+    array = only(tmp_path)
+    assert array.shape == (1 if mode == "LA" else 3, 1, 4)
+    assert np.abs(array[:, 0] - np.array(expected)[: len(array)]).max() <= 1
+    assert (array[:, 0, 0] == 255).all()
+    assert array[:, 0, 3].tolist() == list(colour)[: len(array)]
+
+
+@pytest.mark.parametrize(("mode", "key"), [("L", 7), ("RGB", (7, 7, 7))])
+def test_a_transparent_colour_is_white(tmp_path, mode, key):
+    save(tmp_path / "a.png", Image.fromarray(np.array([[6, 7]], np.uint8)), mode, transparency=key)
+    assert (only(tmp_path) == np.array([6, 255])).all()
+
+
+def test_cmyk_becomes_rgb(tmp_path):
+    picture = Image.new("CMYK", (16, 16), (0, 255, 255, 0))  # no cyan, all magenta and yellow: red
+    save(tmp_path / "a.jpg", picture, quality=100)
+    assert Image.open(tmp_path / "a.jpg").mode == "CMYK"
+    red, green, blue = only(tmp_path)
+    assert red.min() > 250
+    assert max(green.max(), blue.max()) < 5
+    assert only(tmp_path, channels=1).shape == (1, 16, 16)
+
+
+@pytest.mark.parametrize("suffix", [".webp", ".png"])
+def test_the_first_frame_of_an_animation(tmp_path, suffix):
+    frames = [Image.fromarray(noise(5, 5, seed)) for seed in range(3)]
+    frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+    assert Image.open(tmp_path / f"a{suffix}").n_frames == 3
+    assert np.array_equal(only(tmp_path), noise(5, 5, 0).transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp"])
+def test_exif_rotation_is_applied(tmp_path, orientation, suffix):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    array = np.kron(noise(3, 5), np.ones((8, 8, 1), np.uint8))
+    path = save(tmp_path / f"a{suffix}", array, exif=exif, lossless=True)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)))
+    assert np.array_equal(only(tmp_path), expected.transpose(2, 0, 1))
+    assert ("width 24, height 40" in pictures.read(tmp_path).found[0]) == (orientation >= 5)
+
+
+def test_orientation_six_is_a_quarter_turn_clockwise(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "a.png", np.array([[1, 2, 3], [4, 5, 6]], np.uint8), exif=exif)
+    assert only(tmp_path)[0].tolist() == [[4, 1], [5, 2], [6, 3]]
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\0\xff\1\x12", "99"])
+def test_damaged_exif_is_no_exif(tmp_path, exif):
+    if exif == "99":
+        exif = Image.Exif()
+        exif[0x0112] = 99
+    save(tmp_path / "a.jpg", noise(8, 16), exif=exif)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert only(tmp_path).shape == (3, 8, 16)
+
+
+# ---- sizes and channels ----
+
+
+@pytest.mark.parametrize(
+    ("sizes", "expected"),
+    [
+        ([(8, 8), (8, 8)], (8, 8)),
+        ([(20, 48), (20, 48)], (20, 48)),
+        ([(64, 64), (64, 64)], (64, 64)),
+        ([(65, 10), (65, 10)], (32, 32)),
+        ([(8, 8), (8, 9)], (32, 32)),
+        ([(8, 9), (9, 8)], (32, 32)),
+        ([(1, 1)], (1, 1)),
+    ],
+)
+def test_the_common_size(tmp_path, sizes, expected):
+    for i, size in enumerate(sizes):
+        save(tmp_path / f"{i}.png", grey(i, size))
+    found = pictures.read(tmp_path)
+    assert found.items.shape == (len(sizes), 1, *expected)
+    assert (found.items == torch.arange(len(sizes))[:, None, None, None]).all()
+    assert f"used as {expected[0]}x{expected[1]}, 1 channel" in found.found[0]
+    assert pictures.read(tmp_path, (3, 5)).items.shape == (len(sizes), 1, 3, 5)
+
+
+def test_a_picture_is_cut_about_its_centre(tmp_path):
+    save(tmp_path / "wide.png", np.repeat(np.array([[9, 100, 200, 9]], np.uint8), 2, axis=0))
+    assert only(tmp_path, image_size=(2, 2)).tolist() == [[[100, 200], [100, 200]]]
+    (tmp_path / "wide.png").unlink()
+    save(tmp_path / "tall.png", np.repeat(np.array([[9], [50], [60], [9]], np.uint8), 2, axis=1))
+    assert only(tmp_path, image_size=(2, 2)).tolist() == [[[50, 50], [60, 60]]]
+    assert only(tmp_path, image_size=(4, 2))[0, :, 0].tolist() == [9, 50, 60, 9]
+
+
+def test_extreme_sides(tmp_path):
+    save(tmp_path / "a.png", grey(5, (1, 3000)))
+    save(tmp_path / "b.png", grey(5, (3000, 1)))
+    assert (pictures.read(tmp_path).items == 5).all()
+
+
+def test_one_coloured_picture_makes_all_coloured(tmp_path):
+    save(tmp_path / "a.png", grey(5))
+    assert pictures.read(tmp_path).items.shape[1] == 1
+    save(tmp_path / "b.png", noise(4, 4))
+    assert pictures.read(tmp_path).items.shape[1] == 3
+    first = pictures.read(tmp_path, channels=1).items
+    assert first.shape[1] == 1
+    assert np.array_equal(first[1, 0], np.asarray(Image.fromarray(noise(4, 4)).convert("L")))
+
+
+def test_what_does_not_fit_into_memory_is_refused(tmp_path):
+    save(tmp_path / "a.png", grey(5))
+    with pytest.raises(ValueError, match="--image_size"):
+        pictures.read(tmp_path, (10**8, 10**8))
+
+
+# ---- damage ----
+
+
+def test_damaged_files_are_skipped_with_a_reason(tmp_path):
+    save(tmp_path / "good.png", grey(5))
+    whole = save(tmp_path / "whole.jpg", noise(64, 64)).read_bytes()
+    (tmp_path / "whole.jpg").unlink()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("this is no picture")
+    found = pictures.read(tmp_path)
+    # the damaged ones are large and coloured; the good one keeps its size and its one channel
+    assert found.items.shape == (1, 1, 4, 4)
+    skipped = {line.split(":")[0]: line for line in found.found if line.startswith("skipped")}
+    assert set(skipped) == {"skipped cut.jpg", "skipped empty.png", "skipped text.png"}
+    assert "truncated" in skipped["skipped cut.jpg"]
+    assert "cannot identify" in skipped["skipped text.png"]
+    assert "1 pictures" in found.found[0]
+    assert "modes L;" in found.found[0]
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
+def test_a_truncated_picture_is_skipped(tmp_path, suffix, share):
+    path = save(tmp_path / f"cut{suffix}", noise(40, 40))
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    refused(tmp_path, f"skipped cut{suffix}")
+    save(tmp_path / "good.png", grey(3))
+    alone = pictures.read(tmp_path)
+    assert alone.items.shape == (1, 1, 4, 4)
+    assert (alone.items == 3).all()
+
+
+def test_many_skipped_files_are_counted(tmp_path):
+    save(tmp_path / "good.png", grey(5))
+    for i in range(8):
+        (tmp_path / f"{i}.png").touch()
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / "picture.gif").touch()
+    lines = pictures.read(tmp_path).found
+    assert sum(line.startswith("skipped ") for line in lines) == 6
+    assert "skipped 3 more that could not be read" in lines
+    assert any(line.startswith("ignored 2 files that are not .png") for line in lines)
+
+
+def test_names_are_shown_on_one_line(tmp_path):
+    for folder in ("b\nb", "c\x1b[2J"):
+        save(tmp_path / folder / "good\n.png", grey(5))
+        (tmp_path / folder / "bad\n.png").touch()
+    found = pictures.read(tmp_path)
+    assert all(line.isprintable() for line in found.found)
+    assert all(name.isprintable() for name in found.classes)
+    for path in tmp_path.rglob("good*"):
+        path.unlink()
+    refused(tmp_path, "bad")
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    for folder in (b"caf\xe9", b"bar"):
+        place = bytes(tmp_path) + b"/" + folder
+        try:
+            os.makedirs(place)
+        except OSError:
+            pytest.skip("this file system takes UTF-8 only")
+        with open(place + b"/\xff.png", "wb") as file:
+            Image.fromarray(grey(5)).save(file, "PNG")
+        open(place + b"/\xfe.png", "wb").close()
+    found = pictures.read(tmp_path)
+    assert len(found.items) == 2
+    assert "".join([*found.found, *found.classes]).encode()
+
+
+def bomb(side):
+    """A PNG whose header promises side x side pixels."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+
+    def chunk(kind, body):
+        length, check = struct.pack(">I", len(body)), struct.pack(">I", zlib.crc32(kind + body))
+        return length + kind + body + check
+
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", b""), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
+@pytest.mark.parametrize("side", [10_000, 30_000])
+def test_a_decompression_bomb_is_skipped_in_silence(tmp_path, side):
+    save(tmp_path / "good.png", grey(5))
+    (tmp_path / "bomb.png").write_bytes(bomb(side))
+    with warnings.catch_warnings(record=True) as heard:
+        found = pictures.read(tmp_path)
+    assert not heard
+    assert found.items.shape == (1, 1, 4, 4)
+    assert any("bomb.png: DecompressionBomb" in line for line in found.found)
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "PPM", "EPS"])
+def test_only_the_stated_formats_are_decoded(tmp_path, kind):
+    """A name that ends in .png does not open the door to every decoder, such as PostScript's."""
+    with open(tmp_path / "a.png", "wb") as file:
+        Image.fromarray(noise(4, 4)).save(file, kind)
+    refused(tmp_path, "cannot identify")
+
+
+def test_the_wrong_one_of_the_stated_suffixes_does_no_harm(tmp_path):
+    with open(tmp_path / "a.jpg", "wb") as file:
+        Image.fromarray(noise(4, 4)).save(file, "PNG")
+    assert np.array_equal(only(tmp_path), noise(4, 4).transpose(2, 0, 1))
+
+
+# ---- where pictures are ----
+
+
+def test_hidden_files_are_passed_over(tmp_path):
+    place = tmp_path / ".cache" / "pictures"  # the dataset itself may lie in a hidden folder
+    save(place / "good.png", grey(5))
+    for hidden in ("._good.png", ".hidden.png", ".thumbs/a.png", "__MACOSX/._good.png"):
+        save(place / hidden, noise(9, 9))
+    (place / ".DS_Store").touch()
+    for path in (place, zipped(place, tmp_path / "pictures.zip")):
+        found = pictures.read(path)
+        assert found.items.shape == (1, 1, 4, 4)
+        assert not any(line.startswith(("skipped", "ignored")) for line in found.found)
+
+
+LAYOUTS = {
+    "flat": ["a.png", "b.jpg", "c.webp"],
+    "nested": ["x/y/a.png", "x/y/b.jpg", "x/y/z/c.webp"],
+    "classes": ["cat/a.png", "cat/deep/b.jpg", "dog/a.webp", "dog/c.png"],
+    "prefix": ["train/airplane/a.png", "train/airplane/b.png", "train/bird/a.png"],
+    "split": ["Train/cat/a.png", "train/dog/a.png", "test/cat/b.png", "test/dog/b.png"],
+    "split below": ["d/train/x/cat/a.png", "d/train/x/dog/a.png", "d/val/x/dog/b.png"],
+    "three parts": ["train/a.png", "val/a.png", "test/a.png"],
+    "stray": ["cat/a.png", "dog/a.png", "cover.png"],
+}
+EXPECTED = {  # by file in the order of names: class, and is it for testing
+    "flat": ([], None, None),
+    "nested": ([], None, None),
+    "classes": (["cat", "dog"], [0, 0, 1, 1], None),
+    "prefix": (["airplane", "bird"], [0, 0, 1], None),
+    "split": (["cat", "dog"], [0, 0, 1, 1], [0, 1, 1, 0]),  # T stands before t
+    "split below": (["cat", "dog"], [0, 1, 1], [0, 0, 1]),
+    "three parts": ([], None, [1, 0, 1]),
+    "stray": ([], None, None),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("top", ["", "top/", "./"])
+def test_layouts_and_that_a_zip_is_its_folder(tmp_path, layout, top):
+    folder = tmp_path / "folder"
+    for i, name in enumerate(LAYOUTS[layout]):
+        save(folder / name, noise(9, 6, seed=i))
+    paths = folder, zipped(folder, tmp_path / "a.ZIP", top)
+    read = [pictures.read(path) for path in paths]
+    classes, labels, is_test = EXPECTED[layout]
+    for found in read:
+        assert torch.equal(found.items, read[0].items)
+        assert found.classes == classes
+        assert labels is None or found.labels.tolist() == labels
+        assert (found.labels is None) == (labels is None)
+        assert is_test is None or found.is_test.int().tolist() == is_test
+        assert (found.is_test is None) == (is_test is None)
+        assert any("classes" in line for line in found.found)
+        assert found.found[1:] == read[0].found[1:]
+    assert len({data.load(str(path)).fingerprint for path in paths}) == 1
+
+
+def test_the_order_is_that_of_the_names(tmp_path):
+    for name in ("10", "9", "b", "a", "A"):
+        save(tmp_path / f"{name}.png", grey(ord(name[0])))
+    levels = pictures.read(tmp_path).items[:, 0, 0, 0].tolist()
+    assert levels == [ord(c) for c in "19Aab"]
+
+
+def test_labels_follow_their_pictures_when_some_are_skipped(tmp_path):
+    for c, i in itertools.product(range(3), range(6)):
+        save(tmp_path / f"class{c}" / f"{i}.png", grey(10 * c + i))
+    (tmp_path / "class0" / "0.png").write_bytes(b"")
+    whole = (tmp_path / "class1" / "3.png").read_bytes()
+    (tmp_path / "class1" / "3.png").write_bytes(whole[:-20])
+    found = pictures.read(tmp_path)
+    assert len(found.items) == 16
+    assert torch.equal(found.labels, found.items[:, 0, 0, 0].long() // 10)
+    assert "3 classes: class0 5, class1 5, class2 6" in found.found
+
+
+def test_a_missing_or_empty_place(tmp_path):
+    refused(tmp_path, "no picture could be read: it holds no .png")
+    (tmp_path / "notes.txt").touch()
+    refused(tmp_path, "ignored 1 files")
+    refused(tmp_path / "notes.txt", "neither a folder nor a .zip")
+    refused(tmp_path / "none", "none is neither")
+    refused(tmp_path / "none.zip", "none.zip")
+
+
+# ---- .zip ----
+
+
+def test_a_zip_is_read_by_many_threads_at_once(tmp_path):
+    for i in range(200):
+        save(tmp_path / "folder" / f"{i:03d}.png", noise(8, 8, seed=i))
+    path = zipped(tmp_path / "folder", tmp_path / "a.zip")
+    assert torch.equal(pictures.read(path).items, pictures.read(tmp_path / "folder").items)
+
+
+def test_a_bad_zip(tmp_path):
+    path = tmp_path / "a.zip"
+    for content in (b"", b"PK", b"this is no archive" * 99):
+        path.write_bytes(content)
+        refused(path, "not a whole .zip")
+    save(tmp_path / "folder" / "a.png", noise(8, 8))
+    whole = zipped(tmp_path / "folder", path).read_bytes()
+    path.write_bytes(whole[:-30])
+    refused(path, "not a whole .zip")
+    name = whole.replace(b"a.png", b"\xff\xfe.png")  # claims to be UTF-8 when its flag is set
+    flagged = bytearray(name)
+    flagged[flagged.index(b"PK\1\2") + 9] |= 0x08
+    path.write_bytes(flagged)
+    with pytest.raises(OSError, match=r"a\.zip"):
+        pictures.read(path)
+
+
+def test_bad_members_are_skipped(tmp_path):
+    for name in ("bad.png", "good.png", "locked.png"):
+        save(tmp_path / "folder" / name, noise(8, 8))
+    path = zipped(tmp_path / "folder", tmp_path / "a.zip", compression=zipfile.ZIP_STORED)
+    content = bytearray(path.read_bytes())
+    start = content.index(b"bad.png") + len("bad.png")
+    content[start + 100] ^= 1  # its CRC is wrong now
+    central = content.index(b"PK\1\2")
+    while not content[central + 46 :].startswith(b"locked.png"):
+        central = content.index(b"PK\1\2", central + 4)
+    content[central + 8] |= 1  # encrypted, says the flag
+    local = content.index(b"locked.png") - 30
+    content[local + 6] |= 1
+    path.write_bytes(content)
+    found = pictures.read(path)
+    assert len(found.items) == 1
+    assert any("bad.png" in line and "CRC" in line for line in found.found)
+    assert any("locked.png" in line and "encrypted" in line for line in found.found)
+
+
+def test_a_name_twice_in_a_zip_is_one_picture(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(grey(5)).save(buffer, "PNG")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        archive.writestr("a.png", buffer.getvalue())
+        archive.writestr("a.png", buffer.getvalue())
+    assert only(tmp_path / "a.zip").shape == (1, 4, 4)
+
+
+def test_a_member_that_unpacks_to_too_much_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "LARGEST_FILE", 1000)
+    save(tmp_path / "folder" / "good.png", grey(5))
+    (tmp_path / "folder" / "bomb.png").write_bytes(bytes(1001))
+    found = pictures.read(zipped(tmp_path / "folder", tmp_path / "a.zip"))
+    assert len(found.items) == 1
+    assert any("bomb.png" in line and "1,000 bytes" in line for line in found.found)
+
+
+def test_real_pictures_one_folder_a_class(shared_data, tmp_path):
+    """200 of CIFAR-10's, from the .zip and from a folder, against Pillow alone."""
+    with zipfile.ZipFile(shared_data / "cifar10-jpeg-test.zip") as source:
+        names = sorted(n for n in source.namelist() if n.endswith(".jpg"))[::50]
+        source.extractall(tmp_path / "folder", names)
+    path = zipped(tmp_path / "folder", tmp_path / "a.zip", compression=zipfile.ZIP_STORED)
+    found, again = pictures.read(path), pictures.read(tmp_path / "folder")
+    assert torch.equal(found.items, again.items)
+    assert found.items.shape == (200, 3, 32, 32)
+    assert found.classes == data.CLASSES["cifar10"]
+    assert found.labels.bincount().tolist() == [20] * 10
+    for item, label, name in zip(found.items, found.labels, names, strict=True):
+        picture = np.asarray(Image.open(tmp_path / "folder" / name))
+        assert np.array_equal(item.numpy().transpose(1, 2, 0), picture)
+        assert name.split("/")[1] == found.classes[label]
