@@ -21,13 +21,14 @@ MAX_LIST = 8
 OPTIMIZERS = ("muon", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
-# The network's size where no flag gives it. `pictures` serves every other image dataset.
+# What is chosen for the data where no flag says otherwise; `pictures` serves every other image
+# dataset. Deep and narrow won over wide at equal cost; the few digits gain from more noisy copies.
 PRESETS = {
-    "digits": {"width": 40, "depth": 2, "multipliers": [1, 2], "patch": 1},
-    "mnist": {"width": 48, "depth": 2, "multipliers": [1, 2], "patch": 2},
-    "fashion_mnist": {"width": 48, "depth": 2, "multipliers": [1, 2], "patch": 2},
-    "pictures": {"width": 64, "depth": 2, "multipliers": [1, 2, 2], "patch": 2},
-    "points": {"width": 128, "depth": 4, "multipliers": [1], "patch": 1},
+    "digits": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 1, "noise_draws": 2},
+    "mnist": {"width": 48, "depth": 2, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
+    "fashion_mnist": {"width": 48, "depth": 2, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
+    "pictures": {"width": 64, "depth": 2, "multipliers": [1, 2, 2], "patch": 2, "noise_draws": 1},
+    "points": {"width": 128, "depth": 4, "multipliers": [1], "patch": 1, "noise_draws": 1},
 }
 
 
@@ -95,6 +96,9 @@ class Config:
     lr_schedule: str = flag("cosine", "course of the learning rate", choices=LR_SCHEDULES)
     warmup: int = flag(100, "steps in which the learning rate rises", at_least=0)
     batch_size: int = flag(128, "items in a batch", at_least=1)
+    noise_draws: int = flag(
+        None, "noisy copies of each item in a batch", int, at_least=1, at_most=64
+    )
     weight_decay: float = flag(0.01, "AdamW's weight decay", at_least=0)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is no limit", at_least=0)
     grad_accumulation: int = flag(1, "batches in a step", at_least=1)

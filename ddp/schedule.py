@@ -82,10 +82,11 @@ class Schedule:
     def levels(self, u):
         """Training levels, one for each item of a batch: u (B,) in [0, 1) -> log_snr (B,) float32.
 
-        Item i takes t = (i + u_i) / B: stratified, so every batch covers the whole process and the
-        loss varies less from batch to batch (compare Kingma et al. 2021, appendix I.1)."""
+        u is on the CPU. Item i takes t = (i + u_i) / B: stratified, so every batch covers the whole
+        process and the loss varies less from batch to batch (compare Kingma et al. 2021, appendix
+        I.1)."""
         strata = torch.arange(len(u), dtype=torch.float64)
-        return self.log_snr((strata + u.cpu().double()) / len(u)).float()
+        return self.log_snr((strata + u.double()) / len(u)).float()
 
     def grid(self, steps):
         """Levels to sample along, (steps + 1,) float64, rising from pure noise to log_snr = +inf

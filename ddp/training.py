@@ -18,7 +18,7 @@ STATISTICS_BATCHES = 16  # of STATISTICS_ITEMS each, to recompute BatchNorm's st
 STATISTICS_ITEMS = {True: 512, False: 8192}  # is_image: a picture has many positions, a point one
 # Muon's step in units of --lr. A normalisation cancels the scale of the weights before it, so only
 # the step relative to their size counts (van Laarhoven 2017). Measured: docs/training.md.
-MUON_LR = 80.0
+MUON_LR = 160.0
 TEST_ITEMS, TEST_BATCH = 2000, 500
 
 
@@ -73,19 +73,22 @@ class Trainer:
     def loss(self, model, x0, label, step, stream):
         """The loss of each item, (B,), at levels and with noise keyed by (seed, stream, step)."""
         config = self.config
-        x0, indices = x0.to(self.device), torch.arange(len(x0), device=self.device)
+        x0, indices = x0.to(self.device), torch.arange(len(x0))
         log_snr = model.schedule.levels(uniform(config.seed, stream, step, indices)).to(self.device)
-        xt = diffuse(x0, log_snr, normal(config.seed, stream, step, indices, model.event))
+        eps = normal(config.seed, stream, step, indices.to(self.device), model.event)
+        xt = diffuse(x0, log_snr, eps)
         with self.autocast():
             x0_hat = model.denoise(xt, log_snr, label.to(self.device) if model.classes else None)
         return denoising(x0_hat, x0, log_snr, config.weighting, config.loss)
 
-    def training_batch(self, step, size):
-        """x0 and label; some labels are hidden when the model is conditional."""
+    def training_batch(self, step, size, copies=1):
+        """x0 and label of `size` items, each `copies` times, to be noised each time anew; some
+        labels are hidden when the model is conditional."""
         x0, label = self.dataset.batch(self.config.seed, step, size)
+        x0 = x0.repeat(copies, *[1] * (x0.ndim - 1))
         if self.config.conditional:
-            u = uniform(self.config.seed, "label", step, torch.arange(size))
-            label = label.where(u >= self.config.label_dropout, self.model.classes)
+            u = uniform(self.config.seed, "label", step, torch.arange(len(x0)))
+            label = label.repeat(copies).where(u >= self.config.label_dropout, self.model.classes)
         return x0, label
 
     def train_step(self, progress):
@@ -103,7 +106,7 @@ class Trainer:
         for i in range(config.grad_accumulation):
             batch = self.step * config.grad_accumulation + i
             torch.manual_seed(draw_seed(config.seed, batch))  # dropout is positional, too
-            x0, label = self.training_batch(batch, config.batch_size)
+            x0, label = self.training_batch(batch, config.batch_size, config.noise_draws)
             loss = self.loss(self.model, x0, label, batch, "train").mean()
             loss = loss / config.grad_accumulation
             self.scaler.scale(loss).backward()
