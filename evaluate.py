@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ddp import config, data, device, evaluation, reverse
+from ddp import config, data, device, evaluation, output, reverse
 from ddp.checkpoint import load_model, replace
 
 
@@ -20,12 +20,12 @@ def parse(arguments=None):
     add("checkpoint", required=True, help="a checkpoint that train.py wrote")
     add("test_items", type=int, default=2000, help="measure on the first so many (default: 2000)")
     add("num_samples", type=int, default=2000, help="to judge; at most as many as test items")
-    add("sampler", choices=reverse.SAMPLERS, default=reverse.DEFAULT_SAMPLER)
+    add("sampler", choices=reverse.SAMPLERS, help=f"(default: {reverse.DEFAULT_SAMPLER})")
     add("steps", type=int, help=f"of the sampler (default: {reverse.DEFAULT_STEPS})")
-    add("eta", type=float, help="noise of ddim, from 0 (none, the default) to 1 (as ddpm)")
+    add("eta", type=float, help="noise of ddim, from 0 (none) to 1 (as ddpm)")
     add("draws", type=int, default=16, help="of the noise level for each item of the bound")
     add("seed", type=int, default=0, help="of noise and samples (default: 0)")
-    add("out", help="folder for the results (default: beside the checkpoint)")
+    add("out", help="folder for the results (default: a new one by the checkpoint)")
     add("data_dir", help="where the dataset lies, if it has moved")
     add("batch_size", type=int, default=250, help="items at a time")
     add("device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
@@ -41,10 +41,16 @@ def main(args):
     source = settings.data() | ({"data_dir": args.data_dir} if args.data_dir else {})
     dataset = data.load(**source, progress=tqdm)
     print(*dataset.describe(), sep="\n")
-    if dataset.fingerprint != state["provenance"]["fingerprint"]:
+    same_labels = not model.classes or dataset.classes == state["classes"]
+    if dataset.event != model.event or not same_labels or len(dataset.test) < 2:
+        raise ValueError(
+            f"the data, {dataset.event} of classes {dataset.classes}, is not what the model was "
+            f"trained on, {model.event} of classes {state['classes']}, or has too few test items"
+        )
+    if dataset.fingerprint != state["provenance"].get("fingerprint"):
         print(
-            "warning: this is not the data that the model was trained on; its test items may "
-            "have been trained on",
+            "warning: this is not the data that the model was trained on; its test items may have "
+            "been among the training items",
             file=sys.stderr,
         )
 
@@ -71,7 +77,8 @@ def main(args):
     }
     print(*evaluation.table(results), sep="\n")
     checkpoint = Path(args.checkpoint)
-    out = Path(args.out or checkpoint.with_name(f"{checkpoint.stem}-evaluation")).resolve()
+    beside = checkpoint.with_name(f"{checkpoint.stem}-evaluation")
+    out = (Path(args.out) if args.out else output.free_path(beside)).resolve()
     picture = evaluation.picture(results, drawn, dataset)
     text = json.dumps(results, indent=1, allow_nan=False)
     print(
@@ -92,6 +99,12 @@ def command(arguments=None):
     except (ValueError, OSError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"evaluate.py: error: {reason}; try a smaller --batch_size", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("evaluate.py: stopped at once", file=sys.stderr)
         return 130

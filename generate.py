@@ -1,6 +1,7 @@
 """Draw samples: python generate.py --checkpoint checkpoints/digits.pth"""
 
 import argparse
+import signal
 import sys
 import time
 
@@ -19,9 +20,9 @@ def parse(arguments=None):
 
     add("checkpoint", required=True, help="a checkpoint that train.py wrote")
     add("num_samples", type=int, default=64, help="(default: 64)")
-    add("sampler", choices=reverse.SAMPLERS, default=reverse.DEFAULT_SAMPLER)
+    add("sampler", choices=reverse.SAMPLERS, help=f"(default: {reverse.DEFAULT_SAMPLER})")
     add("steps", type=int, help=f"of the sampler (default: {reverse.DEFAULT_STEPS})")
-    add("eta", type=float, help="noise of ddim, from 0 (none, the default) to 1 (as ddpm)")
+    add("eta", type=float, help="noise of ddim, from 0 (none) to 1 (as ddpm)")
     add("seed", type=int, default=0, help="sample i is a function of the seed and i (default: 0)")
     add("label", help="classes by name or number, such as 3 or 3,5 (default: all, in turn)")
     add("out", help="a new folder, or a file .png, .npz or .gif (default: beside the checkpoint)")
@@ -39,13 +40,14 @@ def main(args):
     model, settings, state = load_model(args.checkpoint, args.weights, where)
     options = reverse.options(model, args.sampler, args.steps, args.eta)
     chosen = reverse.chosen_labels(model, state["classes"], args.label)
-    real = None if len(model.event) == 3 else data.load(**settings.data()).test
+    real = None if model.is_image else data.load(**settings.data()).test
 
     def states(indices):
         """Samples `indices` on their way from noise to data, state after state."""
         label = reverse.class_labels(model, indices, chosen)
         return reverse.generate(model, indices, args.seed, label, **options)
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it, too, tidies up
     started = time.monotonic()
     with output.Folder(out, formats, model.event, args.num_samples, real) as folder:
         with tqdm(total=args.num_samples, unit="sample", disable=None) as bar:
@@ -55,10 +57,10 @@ def main(args):
                 bar.update(len(indices))
         seconds = time.monotonic() - started
         if "gif" in formats:
-            first = torch.arange(min(args.num_samples, output.ANIMATED[folder.is_image]))
+            first = torch.arange(min(args.num_samples, output.ANIMATED[model.is_image]))
             folder.animate(data.to_pixels(xt).cpu() for _, xt, _ in states(first))
     print(
-        f"{args.num_samples:,} samples by {args.sampler} in {options['steps']} steps: "
+        f"{args.num_samples:,} samples by {options['sampler']} in {options['steps']} steps: "
         f"{seconds:.1f} s, {args.num_samples / seconds:.1f} a second"
     )
     print("wrote", *folder.written[:5], sep="\n  ")
@@ -76,6 +78,12 @@ def command(arguments=None):
     except (ValueError, OSError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"generate.py: error: {reason}; try a smaller --batch_size", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("generate.py: stopped at once", file=sys.stderr)
         return 130

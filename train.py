@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import shlex
 import signal
 import sys
 import time
@@ -71,35 +72,40 @@ def main(given):
     started = time.monotonic() - trainer.seconds
 
     def progress():
-        """The share of the run that is done: of its steps, or of its minutes if they govern it."""
+        """(share of the run that is done, for the learning rate; the same for saving, 1 is the
+        end).
+
+        Steps govern the first where they are known, so that a resumed run is the same run."""
         trainer.seconds = time.monotonic() - started
-        spent = trainer.seconds / (60 * (minutes or math.inf))
-        share = trainer.step / steps if steps else spent
-        return min(share, 1.0), max(share, spent) >= 1
+        by_time = trainer.seconds / (60 * (minutes or math.inf))
+        by_steps = trainer.step / steps if steps else 0.0
+        return min(by_steps if steps else by_time, 1.0), max(by_steps, by_time)
 
     items = settings.batch_size * settings.grad_accumulation
     quiet = 0.5 if sys.stderr.isatty() else 10
     bar = tqdm(total=steps and steps * items, initial=trainer.step * items, unit="item",
                unit_scale=True, mininterval=quiet)  # fmt: skip
-    (now, done), saving, drawing = progress(), settings.save_every, settings.sample_every
+    saving, drawing = settings.save_every, settings.sample_every or settings.save_every
+    share, now = progress()
     with bar, Stop() as stop:
-        while not done and not stop.signal:
-            log.add(trainer.step + 1, *trainer.train_step(now))
-            before, (now, done) = now, progress()
-            if done or due(saving, trainer.step, before, now):
+        while now < 1 and not stop.signal:
+            log.add(trainer.step + 1, *trainer.train_step(share))
+            before, (share, now) = now, progress()
+            if now >= 1 or due(saving, trainer.step, before, now):
                 bar.write(log.save(trainer, settings.keep))
-            if done or due(drawing or saving, trainer.step, before, now):
+            if now >= 1 or due(drawing, trainer.step, before, now):
                 bar.write(log.draw(trainer))
             left = "" if steps else f", {max(0, minutes - trainer.seconds / 60):.1f} min left"
             bar.set_postfix_str(f"loss {log.latest:.4f}{left}", refresh=False)
             bar.update(items)
-        if not done:
+        if now < 1:
             bar.write(f"stopped at step {trainer.step:,}, wrote {log.pause(trainer)}")
-    if not done:
-        print(f"go on with: python train.py --resume {folder}")
+    if now < 1:
+        print(f"go on with: python train.py --resume {shlex.quote(str(folder))}")
         return 128 + stop.signal
     print(log.finish(trainer))
-    print(f"draw samples with: python generate.py --checkpoint {folder / 'model.pth'}")
+    model = shlex.quote(str(folder / "model.pth"))
+    print(f"draw samples with: python generate.py --checkpoint {model}")
     return 0
 
 
@@ -117,6 +123,12 @@ def command(arguments=None):
     except (ValueError, OSError, FloatingPointError) as error:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"train.py: error: {reason}; try a smaller --batch_size", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("train.py: stopped at once; the last checkpoint stands", file=sys.stderr)
         return 130

@@ -7,6 +7,7 @@ cut down for shipping, what a run needs to go on: `model`, `optimizer`, `scaler`
 """
 
 import dataclasses
+import math
 import os
 import pickle
 import platform
@@ -21,8 +22,23 @@ from ddp.config import Config
 from ddp.model import DiffusionModel
 
 FORMAT = 1
-INFERENCE = ("format", "step", "config", "event", "classes", "ema", "provenance")
-TO_GO_ON = ("model", "optimizer", "scaler", "best", "seconds")
+INFERENCE = {
+    "format": int,
+    "step": int,
+    "config": dict,
+    "event": list,
+    "classes": list,
+    "ema": dict,
+    "provenance": dict,
+}
+TO_GO_ON = {
+    "model": dict,
+    "optimizer": list,
+    "scaler": dict,
+    "best": (float, type(None)),
+    "seconds": (float, int),
+}
+LARGEST_EVENT = 1 << 24  # numbers in an item; more is not an item but an attack
 
 
 def provenance(dataset):
@@ -78,7 +94,10 @@ def write(path, state):
                 )
 
     def save(temporary):
-        torch.save(state, temporary)
+        try:
+            torch.save(state, temporary)
+        except RuntimeError as error:  # what its zip writer raises on a full disk
+            raise OSError(f"{path} could not be written, is the disk full? ({error})") from None
         if read(temporary)["step"] != state["step"]:
             raise OSError(f"{path} could not be read back as it was written")
 
@@ -112,12 +131,22 @@ def read(path):
             f"{path} holds more than tensors and plain types and was not loaded; "
             "it is not a checkpoint of this project"
         ) from None
-    missing = [k for k in INFERENCE if k not in state] if isinstance(state, dict) else INFERENCE
-    if missing:
-        raise OSError(f"{path} is not a checkpoint of this project: it lacks {', '.join(missing)}")
+    require(path, state, INFERENCE)
     if state["format"] != FORMAT:
         raise OSError(f"{path} has format {state['format']}; this version reads format {FORMAT}")
     return state
+
+
+def require(path, state, parts):
+    """Raise OSError unless `state` is a dict with all `parts`, name -> type."""
+    if not isinstance(state, dict):
+        raise OSError(f"{path} is not a checkpoint of this project: it holds a {type(state)}")
+    wrong = [name for name, kind in parts.items() if not isinstance(state.get(name, ...), kind)]
+    if wrong:
+        raise OSError(
+            f"{path} is not a checkpoint of this project: it lacks {', '.join(wrong)}, or holds it "
+            "in another form"
+        )
 
 
 def config_of(state, path):
@@ -143,15 +172,21 @@ def load_model(path, weights="ema", device="cpu"):
         )
     classes = len(state["classes"]) if config.conditional else 0
     try:
+        if math.prod(state["event"]) > LARGEST_EVENT:
+            raise ValueError(f"an item of {state['event']} numbers")
         # shapes are compared on the meta device first: a hostile config allocates nothing
         with torch.device("meta"):
             model = DiffusionModel(config, state["event"], classes)
         model.load_state_dict(state[key], assign=True)
         model = DiffusionModel(config, state["event"], classes)
         model.load_state_dict(state[key])
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise OSError(f"{path}: its weights do not fit its config ({reason})") from None
+    if not all(tensor.isfinite().all() for tensor in model.state_dict().values()):
+        raise OSError(f"{path}: its weights are not finite; use an earlier checkpoint")
+    if model.is_image:  # the layout in which convolutions are fastest
+        model.to(memory_format=torch.channels_last)
     return model.to(device).eval().requires_grad_(False), config, state
 
 

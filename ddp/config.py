@@ -5,6 +5,7 @@ A `None` default means "chosen for the data": see PRESETS.
 
 import dataclasses
 import math
+from pathlib import Path
 
 from ddp.loss import DISTANCES, WEIGHTINGS
 from ddp.model import PREDICTIONS
@@ -17,6 +18,9 @@ LR_SCHEDULES = {  # progress in [0, 1] -> the share of --lr
     "constant": lambda p: 1.0,
 }
 DEFAULT_EPOCHS = 100
+# predict -> weighting: the plain loss of the output, but for x0 one that does not look at noise
+# only
+SUITING = {"x0": "min_snr", "eps": "snr", "v": "v"}
 MAX_LIST = 8
 OPTIMIZERS = ("muon", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -24,10 +28,10 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # What is chosen for the data where no flag says otherwise; `pictures` serves every other image
 # dataset. Deep and narrow won over wide at equal cost; the few digits gain from more noisy copies.
 PRESETS = {
-    "digits": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 1, "noise_draws": 2},
-    "mnist": {"width": 48, "depth": 2, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
-    "fashion_mnist": {"width": 48, "depth": 2, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
-    "pictures": {"width": 64, "depth": 2, "multipliers": [1, 2, 2], "patch": 2, "noise_draws": 1},
+    "digits": {"width": 28, "depth": 4, "multipliers": [1, 2], "patch": 1, "noise_draws": 2},
+    "mnist": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
+    "fashion_mnist": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
+    "pictures": {"width": 48, "depth": 3, "multipliers": [1, 2, 2], "patch": 2, "noise_draws": 1},
     "points": {"width": 128, "depth": 4, "multipliers": [1], "patch": 1, "noise_draws": 1},
 }
 
@@ -85,17 +89,21 @@ class Config:
     label_dropout: float = flag(0.1, "share of labels hidden in training", at_least=0, at_most=1)
     # the objective
     predict: str = flag("v", "what the network's output means", choices=PREDICTIONS)
-    weighting: str = flag("v", "weight of the noise levels", choices=WEIGHTINGS)
+    weighting: str = flag(
+        None, "weight of the noise levels (default: what suits --predict)", str, choices=WEIGHTINGS
+    )
     loss: str = flag("mse", "distance", choices=DISTANCES)
     # the optimiser
     epochs: float = flag(None, "passes over the data (default: 100)", float, above=0)
     max_steps: int = flag(None, "stop after this many steps", int, at_least=1)
-    max_minutes: float = flag(None, "stop after this many minutes", float, above=0)
+    max_minutes: float = flag(
+        None, "stop after this many minutes; alone, it governs the run", float, above=0
+    )
     optimizer: str = flag("muon", "of the layers that are normalised", choices=OPTIMIZERS)
     lr: float = flag(1e-3, "peak learning rate", above=0)
     lr_schedule: str = flag("cosine", "course of the learning rate", choices=LR_SCHEDULES)
     warmup: int = flag(100, "steps in which the learning rate rises", at_least=0)
-    batch_size: int = flag(128, "items in a batch", at_least=1)
+    batch_size: int = flag(128, "items in a batch", at_least=1, at_most=2**20)
     noise_draws: int = flag(
         None, "noisy copies of each item in a batch", int, at_least=1, at_most=64
     )
@@ -120,6 +128,11 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
+        if not self.dataset or (self.name and self.name != Path(self.name).name):
+            wrong = "--dataset" if not self.dataset else f"--name {self.name}"
+            raise ValueError(
+                f"{wrong}: expected a name; a place is given by --data_dir or --out_dir"
+            )
         if self.norm == "batch" and self.batch_size == 1:
             raise ValueError(
                 "--batch_size 1 gives BatchNorm nothing to average; use 2 or more, or --norm"
@@ -148,7 +161,8 @@ class Config:
                 raise ValueError(
                     "--attention, --patch and --multipliers are for images, not points"
                 )
-        missing = {k: v for k, v in PRESETS[kind].items() if getattr(self, k) is None}
+        preset = PRESETS[kind] | {"weighting": SUITING[self.predict]}
+        missing = {k: v for k, v in preset.items() if getattr(self, k) is None}
         return dataclasses.replace(self, **missing)
 
     def steps(self, count):
@@ -163,18 +177,9 @@ class Config:
 
 # What may change when a run is resumed. All else would make it another run.
 CHANGEABLE = {
-    *(
-        "data_dir",
-        "epochs",
-        "max_steps",
-        "max_minutes",
-        "lr",
-        "lr_schedule",
-        "warmup",
-        "weight_decay",
-    ),
-    *("grad_clip", "ema_decay", "device", "precision", "name", "out_dir", "save_every", "keep"),
-    "sample_every",
+    *("data_dir", "epochs", "max_steps", "max_minutes", "lr", "lr_schedule", "warmup"),
+    *("weight_decay", "grad_clip", "ema_decay", "device", "precision", "name", "out_dir"),
+    *("save_every", "keep", "sample_every"),
 }
 
 
@@ -218,12 +223,17 @@ def argument(field):
 def check(field, value):
     """Raise ValueError, in the words of the flag, when the value of a field is out of bounds."""
     bounds = field.metadata
-    if value is None:
+    types = {list: list, float: (float, int), int: int, str: str, bool: bool}
+    expected = types.get(bounds["kind"], list)
+    if value is None and field.default is None:
         return
     wanted = None
-    if isinstance(value, list):
-        if len(value) > MAX_LIST or not all(type(v) is int and v > 0 for v in value):
-            wanted = f"at most {MAX_LIST} whole numbers above 0"
+    if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
+        wanted = f"a value of type {getattr(bounds['kind'], '__name__', bounds['kind'])}"
+    elif isinstance(value, list):
+        least = 0 if field.name == "attention" else 1
+        if not least <= len(value) <= MAX_LIST or not all(type(v) is int and v > 0 for v in value):
+            wanted = f"{least} to {MAX_LIST} whole numbers above 0"
     elif bounds["choices"] and value not in bounds["choices"]:
         wanted = f"one of {', '.join(map(str, bounds['choices']))}"
     elif isinstance(value, float) and not math.isfinite(value):
@@ -239,7 +249,9 @@ def check(field, value):
 
 
 def expect(args, **least):
-    """Raise ValueError when a flag in `args` is below its least value."""
+    """Raise ValueError when a flag in `args` is below its least value, or above all reason."""
     for name, bound in least.items():
-        if getattr(args, name) < bound:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected at least {bound}")
+        if not bound <= getattr(args, name) < 2**32:
+            raise ValueError(
+                f"--{name} {getattr(args, name)}: expected at least {bound}, below 2^32"
+            )

@@ -409,13 +409,20 @@ def load_folder(path, image_size=None, channels=None, test_fraction=None):
         )
     if is_test is None:
         order = np.random.RandomState(0).permutation(len(items))
-        count = min(max(1, round((test_fraction or 0.1) * len(items))), len(items) - 1)
+        least = 2 if len(items) > 3 else 1  # one item has no spread to compare with
+        count = min(max(least, round((test_fraction or 0.1) * len(items))), len(items) - 1)
         is_test = torch.zeros(len(items), dtype=torch.bool)
         is_test[order[:count]] = True
     parts = [items[~is_test], items[is_test]]
     parts += [None, None] if labels is None else [labels[~is_test], labels[is_test]]
-    name = Path(path).resolve().stem
+    path = Path(path).resolve()
+    name = path.stem if path.is_file() else path.name
     return Dataset(name, *parts, classes=read.classes, found=read.found)
+
+
+def full_name(name):
+    """A dataset's name as it is, the path to a folder or .zip made absolute."""
+    return str(Path(name).resolve()) if name and name not in NAMES and Path(name).exists() else name
 
 
 NAMES = ("digits", "mnist", "fashion_mnist", "cifar10", *POINTS)
@@ -448,9 +455,12 @@ def load(
         return load_idx(name, data_dir, progress)
     if name == "cifar10":
         return load_cifar10(data_dir, progress)
-    if not Path(name).exists():
+    # a folder that a checkpoint remembers may have moved to, or into, data_dir
+    moved = (Path(data_dir, Path(name).name), Path(data_dir)) if Path(name).is_absolute() else ()
+    path = next((p for p in (Path(name), *moved) if p.exists()), None)
+    if path is None:
         raise ValueError(
             f"--dataset {name} is neither a dataset ({', '.join(NAMES)}) nor a folder "
             "or .zip of pictures"
         )
-    return load_folder(name, image_size, channels, test_fraction)
+    return load_folder(path, image_size, channels, test_fraction)

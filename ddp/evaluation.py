@@ -73,12 +73,19 @@ def distance(dataset, drawn):
         name, measure, features = "frechet_pixels", quality.frechet_distance, quality.pixel_features
     else:
         name, measure, features = "wasserstein2", quality.wasserstein2, lambda items: items
+    count = min(count, len(dataset.train))
     test = features(dataset.test[:count])
     train = dataset.train[
         torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
     ]
     ours, floor = (measure(features(items[:count]), test) for items in (drawn, train))
-    return {"name": name, "value": ours, "floor": floor, "ratio": ours / floor, "count": count}
+    return {
+        "name": name,
+        "value": ours,
+        "floor": floor,
+        "ratio": ours / floor if floor else None,
+        "count": count,
+    }
 
 
 def table(results):
@@ -105,7 +112,7 @@ def table(results):
         f"distance of {d['count']:,} samples to the test split, {d['name']}",
         f"  samples          {d['value']:9.4f}",
         f"  floor            {d['floor']:9.4f}  as many training items",
-        f"  ratio            {d['ratio']:9.2f}",
+        f"  ratio            {d['ratio'] or math.inf:9.2f}",
     ]
     return lines
 

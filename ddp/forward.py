@@ -10,8 +10,8 @@ import math
 
 import torch
 
-# A stream for each purpose, and in each one for noise and one for uniform numbers: no two purposes
-# ever share a random number.
+# A stream for each purpose, and in each one for noise and one for uniform numbers, so that
+# training, statistics, tests and samples do not share random numbers.
 STREAMS = {
     name: i for i, name in enumerate(["train", "label", "statistics", "start", "step", "test"])
 }

@@ -6,6 +6,8 @@ import torch
 
 from ddp.forward import alpha_sigma, diffuse, normal, uniform
 
+LOSS_STEPS = 1 << 20
+
 
 def denoised(model, x0, log_snr, seed, step, indices, label):
     """x0_hat (B, *event) from a draw of xt at log_snr (B,), its noise keyed by (seed, step,
@@ -99,7 +101,8 @@ def losses(model, x0, indices, seed=0, count=10, label=None):
     for k in range(count):
         t = (k + 0.5) / count
         log_snr = model.schedule.log_snr(t).to(x0)
-        x0_hat = denoised(model, x0, log_snr.expand(len(x0)), seed, k, indices, label)
+        step = LOSS_STEPS + k  # other noise than the bound's
+        x0_hat = denoised(model, x0, log_snr.expand(len(x0)), seed, step, indices, label)
         error = ((x0_hat - x0) ** 2).flatten(1).mean(dim=1).cpu()
         snr = log_snr.exp().item()
         rows.append(

@@ -29,9 +29,13 @@ class DiffusionModel(nn.Module):
         self.network = reverse_network(self.event, classes=classes, **config.network())
 
     @property
+    def is_image(self):
+        return len(self.event) == 3
+
+    @property
     def clip(self):
         """The range of the data, (-1, 1) for images; None for points, which have no bounds."""
-        return (-1.0, 1.0) if len(self.event) == 3 else None
+        return (-1.0, 1.0) if self.is_image else None
 
     def denoise(self, xt, log_snr, label=None):
         """x0_hat (B, *event), the estimate of the data in xt (B, *event) at log_snr (B,)."""

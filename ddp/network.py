@@ -3,7 +3,7 @@
 One block serves pictures and points: (convolution or linear) -> BatchNorm -> scale and shift by the
 noise level -> LeakyReLU -> Dropout -> (convolution or linear) -> BatchNorm, added to a skip
 connection. The noise level enters after the normalisation, which would cancel it before (a
-channel's offset is the same in every batch statistic), and every BatchNorm follows its layer
+channel's offset is the same in every batch statistic). A block's BatchNorm follows its layer
 directly, so that it folds into it.
 """
 

@@ -1,5 +1,6 @@
 """Samples on their way to files, in memory that does not grow with their number."""
 
+import contextlib
 import os
 import shutil
 import zipfile
@@ -9,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from ddp import figures
+from ddp.pictures import SUFFIXES
 
 FORMATS = ("png", "grid", "npz", "gif")
 FILE_FORMATS = {".png": "grid", ".npz": "npz", ".gif": "gif"}
@@ -28,7 +30,10 @@ def free_path(path):
 def plan(out, format, checkpoint):
     """(path, formats) for what the user asked for; by default a grid in a new folder beside the
     checkpoint. Raises ValueError when the two disagree or the path is taken."""
-    formats = format.split(",") if format else [FILE_FORMATS.get(Path(out or "").suffix, "grid")]
+    suffix = Path(out or "").suffix.lower()
+    formats = format.split(",") if format else [FILE_FORMATS.get(suffix, "grid")]
+    if suffix == ".png" and formats == ["png"]:
+        formats = ["grid"]
     unknown = [f for f in formats if f not in FORMATS]
     if unknown:
         raise ValueError(f"--format {unknown[0]}: expected some of {','.join(FORMATS)}")
@@ -36,7 +41,9 @@ def plan(out, format, checkpoint):
         checkpoint = Path(checkpoint)
         return free_path(checkpoint.with_name(f"{checkpoint.stem}-samples")), formats
     out = Path(out)
-    if out.suffix in FILE_FORMATS and formats != [FILE_FORMATS[out.suffix]]:
+    if suffix in SUFFIXES[1:]:
+        raise ValueError(f"--out {out}: expected a folder, or a file {', '.join(FILE_FORMATS)}")
+    if suffix in FILE_FORMATS and formats != [FILE_FORMATS[suffix]]:
         raise ValueError(f"--out {out} is one file, but --format says {format}; give a folder")
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"--out {out} exists and is not overwritten; choose another, or remove it")
@@ -50,9 +57,9 @@ class Folder:
     event: the shape of a sample. total: how many will come. real: points to show beside, or
     None."""
 
-    def __init__(self, path, formats, event, total, real=None, classes=()):
+    def __init__(self, path, formats, event, total, real=None):
         self.path, self.formats, self.total, self.real = path.absolute(), formats, total, real
-        self.is_image, self.classes = len(event) == 3, classes
+        self.is_image = len(event) == 3
         self.item = (*event[1:], event[0]) if self.is_image else event
         self.count, self.shown, self.labels, self.written = 0, [], [], []
 
@@ -110,7 +117,7 @@ class Folder:
         try:
             if kind is None:
                 self.finish()
-                if self.path.suffix in FILE_FORMATS:
+                if self.path.suffix.lower() in FILE_FORMATS:
                     (only,) = self.temporary.iterdir()
                     self.written = [only.replace(self.path)]
                 else:
@@ -119,4 +126,8 @@ class Folder:
                     self.temporary.replace(self.path)
                     self.written = sorted(self.path.iterdir())
         finally:
+            if "npz" in self.formats:
+                with contextlib.suppress(OSError, ValueError):  # on a full disk closing fails, too
+                    self.array.close()
+                    self.archive.close()
             shutil.rmtree(self.temporary, ignore_errors=True)

@@ -1,9 +1,9 @@
 """Samplers: one reverse step each, and the loop that yields every state.
 
-A step takes x0_hat, xt (B, *event), the levels before and after it (0-d float64), noise (B, *event)
-and `last`, the (x0_hat, log_snr) of the step before (None at first), and returns xs at the next
-level. Every formula holds at next_log_snr = +inf, where the sample is clean: the last step needs no
-special case.
+A step takes x0_hat, xt (B, *event), the levels before and after it (0-d float64), `noise`, which
+gives N(0, I) like xt when it is called, and `last`, the (x0_hat, log_snr) of the step before (None
+at first); it returns xs at the next level. Every formula holds at next_log_snr = +inf, where the
+sample is clean: the last step needs no special case.
 """
 
 import functools
@@ -18,7 +18,7 @@ def ddpm(x0_hat, xt, log_snr, next_log_snr, noise, last=None):
     """One ancestral step, a draw from q(xs | xt, x0_hat): the fixed small variance of Ho et al.
     2020."""
     mean, variance = posterior(x0_hat, xt, log_snr, next_log_snr)
-    return mean + variance.sqrt() * noise
+    return mean + variance.sqrt() * noise()
 
 
 def ddpm_large(x0_hat, xt, log_snr, next_log_snr, noise, last=None):
@@ -26,7 +26,7 @@ def ddpm_large(x0_hat, xt, log_snr, next_log_snr, noise, last=None):
     mean, _ = posterior(x0_hat, xt, log_snr, next_log_snr)
     _, beta = transition(xt, next_log_snr, log_snr)
     # into the clean level beta is no noise to add but all that is left to remove
-    return mean + torch.where(next_log_snr.isinf(), 0.0, beta.sqrt()) * noise
+    return mean + torch.where(next_log_snr.isinf(), 0.0, beta.sqrt()) * noise()
 
 
 def ddim(x0_hat, xt, log_snr, next_log_snr, noise, last=None, eta=0.0):
@@ -35,9 +35,10 @@ def ddim(x0_hat, xt, log_snr, next_log_snr, noise, last=None, eta=0.0):
     alpha_t, sigma_t = alpha_sigma(log_snr, xt)
     alpha_s, sigma_s = alpha_sigma(next_log_snr, xt)
     eps_hat = (xt - alpha_t * x0_hat) / sigma_t  # derived from x0_hat, so that clipping reaches it
-    fresh = eta**2 * -torch.expm1(log_snr - next_log_snr)  # the share of sigma_s² drawn anew
-    kept = (1 - fresh).clamp_min(0).sqrt()
-    return alpha_s * x0_hat + sigma_s * (kept * eps_hat + fresh.sqrt() * noise)
+    if eta:
+        fresh = eta**2 * -torch.expm1(log_snr - next_log_snr)  # the share of sigma_s² drawn anew
+        eps_hat = (1 - fresh).clamp_min(0).sqrt() * eps_hat + fresh.sqrt() * noise()
+    return alpha_s * x0_hat + sigma_s * eps_hat
 
 
 def dpm_solver_2m(x0_hat, xt, log_snr, next_log_snr, noise, last=None):
@@ -52,41 +53,34 @@ def dpm_solver_2m(x0_hat, xt, log_snr, next_log_snr, noise, last=None):
     return sigma_s / sigma_t * xt - alpha_s * torch.expm1(-h) * x0_hat
 
 
-DEFAULT_SAMPLER, DEFAULT_STEPS = "ddim", 50
+DEFAULT_SAMPLER, DEFAULT_STEPS = "dpm++", 25
 SAMPLERS = {"ddpm": ddpm, "ddpm_large": ddpm_large, "ddim": ddim, "dpm++": dpm_solver_2m}
-
-
-def is_stochastic(sampler, eta=0.0):
-    """Whether a sampler draws noise on the way, beyond the start."""
-    return sampler.startswith("ddpm") or eta > 0
 
 
 def sample(denoise, xt, grid, sampler="ddim", noise=None, clip=None, **options):
     """Run the reverse process, yielding (log_snr, xt, x0_hat) after every step; the last xt is x0.
 
     denoise: (xt, log_snr (B,)) -> x0_hat. xt: the start, (B, *event), noise at grid[0]. grid:
-    rising levels that end at +inf (Schedule.grid). noise: step number -> N(0, I) like xt; the
-    deterministic samplers never call on it. clip: the range that x0_hat is clipped to, or None.
-    options: the sampler's own (eta)."""
+    rising levels that end at +inf (Schedule.grid). noise: step number -> N(0, I) like xt; needed by
+    the samplers that draw it. clip: the range that x0_hat is clipped to, or None. options: eta."""
     step, last = functools.partial(SAMPLERS[sampler], **options), None
-    draws = is_stochastic(sampler, **options)
     for i, (log_snr, next_log_snr) in enumerate(pairwise(grid)):
         x0_hat = denoise(xt, log_snr.to(xt).expand(len(xt)))
         if clip is not None:
             x0_hat = x0_hat.clamp(*clip)
-        fresh = noise(i) if draws else torch.zeros_like(xt)
+        fresh = functools.partial(noise, i) if noise else None
         xt, last = step(x0_hat, xt, log_snr, next_log_snr, fresh, last), (x0_hat, log_snr)
         yield next_log_snr, xt, x0_hat
 
 
-def options(model, sampler=DEFAULT_SAMPLER, steps=None, eta=None):
-    """The keyword arguments of `generate`, checked. steps: None is DEFAULT_STEPS, or T if that is
-    fewer.
+def options(model, sampler=None, steps=None, eta=None):
+    """The keyword arguments of `generate`, checked. sampler: None is DEFAULT_SAMPLER, or ddim when
+    eta is given. steps: None is DEFAULT_STEPS, or T if that is fewer.
 
     Raises ValueError when they do not fit the model's schedule or each other."""
-    steps = (
-        min(DEFAULT_STEPS, model.schedule.timesteps or DEFAULT_STEPS) if steps is None else steps
-    )
+    sampler = sampler or (DEFAULT_SAMPLER if eta is None else "ddim")
+    if steps is None:
+        steps = min(DEFAULT_STEPS, model.schedule.timesteps or DEFAULT_STEPS)
     model.schedule.grid(steps)
     if eta is None:
         return {"sampler": sampler, "steps": steps}
@@ -117,10 +111,11 @@ def chosen_labels(model, classes, text):
             "--label needs a model that was trained with --conditional; this one was not"
         )
     numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
-    for word in text.split(","):
-        if word.strip() not in numbers:
+    words = [text] if text in numbers else [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in numbers:
             raise ValueError(f"--label {word}: expected some of {', '.join(classes)}")
-    return [numbers[word.strip()] for word in text.split(",")]
+    return [numbers[word] for word in words]
 
 
 @torch.no_grad()

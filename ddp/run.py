@@ -8,9 +8,17 @@ from pathlib import Path
 import torch
 
 from ddp import figures
-from ddp.checkpoint import config_of, for_inference, read, replace, write
+from ddp.checkpoint import (
+    TO_GO_ON,
+    config_of,
+    for_inference,
+    read,
+    replace,
+    require,
+    write,
+)
 from ddp.config import Config, merged
-from ddp.data import to_pixels
+from ddp.data import full_name, to_pixels
 from ddp.reverse import class_labels, final, generate
 
 CHECK_EVERY = 20  # steps between two looks at the losses on a GPU, where each look waits for it
@@ -19,7 +27,9 @@ GRID, POINTS = 64, 2000  # samples in the picture that is written as a run goes
 
 
 def holds_run(folder):
-    return (folder / "log.csv").exists() or any(folder.glob("*.pth"))
+    """Whether there is something to lose: a checkpoint, or a row in the log."""
+    has_log = (folder / "log.csv").exists()
+    return any(folder.glob("*.pth")) or (has_log and bool(read_log(folder)))
 
 
 def new_folder(out_dir, name, dataset):
@@ -47,6 +57,8 @@ def settings(given, resume=None):
 
     A folder means its last.pth. `auto` means that of the named run, or of the one written last
     among dataset, dataset-2, ...; when there is none yet, it starts afresh."""
+    if "dataset" in given:
+        given["dataset"] = full_name(given["dataset"])
     fresh = Config(**given)
     if resume is None:
         return fresh, None, None
@@ -61,17 +73,22 @@ def settings(given, resume=None):
             return fresh, None, None
     elif path.is_dir():
         path = path / "last.pth"
+    if not path.is_file() and path.parent.is_dir() and any(path.parent.glob("*.pth")):
+        others = ", ".join(sorted(p.name for p in path.parent.glob("*.pth")))
+        raise OSError(f"there is no {path}; but there are {others}, to be given to --resume")
     state = read(path)
     if "optimizer" not in state:
         raise OSError(
             f"{path} was cut down for shipping; resume needs last.pth, best.pth or step_*.pth"
         )
+    require(path, state, TO_GO_ON)
     return merged(config_of(state, path), given), path, state
 
 
 def run_name(settings):
     """The name of an unnamed run: its dataset's."""
-    return settings.name or Path(settings.dataset).resolve().stem
+    dataset = Path(settings.dataset)
+    return settings.name or (dataset.stem if dataset.is_file() else dataset.name)
 
 
 def folder(settings, given, source=None, state=None):
@@ -84,7 +101,10 @@ def folder(settings, given, source=None, state=None):
     if (out_dir / name).resolve() != own.resolve():
         return new_folder(out_dir, name, name)
     last = own / "last.pth"
-    newest = read(last)["step"] if last.exists() else 0
+    try:
+        newest = read(last)["step"]
+    except OSError:  # absent or damaged: there is nothing to lose
+        newest = 0
     if newest > state["step"]:
         raise ValueError(
             f"--resume {source} is at step {state['step']}, but {last} is at step {newest} and "
@@ -192,7 +212,7 @@ class Run:
 
 def read_log(folder):
     """The rows of log.csv, dicts of strings; a last row that a crash cut short is left out."""
-    with open(folder / "log.csv", newline="") as f:
+    with open(folder / "log.csv", newline="", errors="replace") as f:
         return [row for row in csv.DictReader(f) if None not in row.values()]
 
 

@@ -44,7 +44,8 @@ def betas(name, timesteps):
     2021, eq. 18)."""
     if name == "linear":
         scale = 1000 / timesteps
-        table = torch.linspace(1e-4 * scale, 0.02 * scale, timesteps, dtype=torch.float64)
+        ends = (0.02 * scale, 1e-4 * scale)  # from the noisy end: a single step is all noise
+        table = torch.linspace(*ends, timesteps, dtype=torch.float64).flip(0)
     else:
         alpha2 = SCHEDULES[name](torch.linspace(0, 1, timesteps + 1, dtype=torch.float64))
         table = 1 - alpha2[1:] / alpha2[:-1]

@@ -18,7 +18,7 @@ STATISTICS_BATCHES = 16  # of STATISTICS_ITEMS each, to recompute BatchNorm's st
 STATISTICS_ITEMS = {True: 512, False: 8192}  # is_image: a picture has many positions, a point one
 # Muon's step in units of --lr. A normalisation cancels the scale of the weights before it, so only
 # the step relative to their size counts (van Laarhoven 2017). Measured: docs/training.md.
-MUON_LR = 160.0
+MUON_LR = 320.0
 TEST_ITEMS, TEST_BATCH = 2000, 500
 
 
@@ -39,6 +39,7 @@ class Trainer:
         self.config, self.dataset = config, dataset
         self.device, self.precision = torch.device(device), precision
         self.step, self.seconds, self.best = 0, 0.0, None
+        self.averaged = None  # the step at which the EMA model's statistics were recomputed
         torch.manual_seed(config.seed)
         classes = len(dataset.classes) if config.conditional else 0
         self.model = DiffusionModel(config, dataset.event, classes).to(self.device)
@@ -134,6 +135,8 @@ class Trainer:
 
         The batches are drawn as in training, and the statistics are means over all of them; dropout
         is off, as it will be when they are used. A function of the weights and the seed alone."""
+        if self.averaged == self.step:
+            return self.ema.eval()
         norms = [m for m in self.ema.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.reset_running_stats()
@@ -144,6 +147,7 @@ class Trainer:
             self.loss(self.ema, x0, label, i, "statistics")
         for norm in norms:
             norm.momentum = saved
+        self.averaged = self.step
         return self.ema.eval()
 
     @torch.no_grad()
@@ -176,16 +180,22 @@ class Trainer:
         }
 
     def load(self, state):
-        """Go on from a checkpoint's dict. Raises OSError when it was trained on other data."""
-        theirs, ours = state["provenance"]["fingerprint"], self.dataset.fingerprint
+        """Go on from a checkpoint's dict. Raises OSError when it was trained on other data, or does
+        not fit."""
+        theirs, ours = state["provenance"].get("fingerprint"), self.dataset.fingerprint
         if theirs != ours:
             raise OSError(
                 f"the run was trained on data {theirs}, this is {ours}; "
                 "give --data_dir the folder that it was trained on"
             )
-        self.ema.load_state_dict(state["ema"])
-        self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizer"], strict=True):
-            optimizer.load_state_dict(saved)
-        self.scaler.load_state_dict(state["scaler"])
+        self.averaged = None
+        try:
+            self.ema.load_state_dict(state["ema"])
+            self.model.load_state_dict(state["model"])
+            self.scaler.load_state_dict(state["scaler"])
+            for optimizer, saved in zip(self.optimizers, state["optimizer"], strict=True):
+                optimizer.load_state_dict(saved)
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise OSError(f"the checkpoint does not fit its own config ({reason})") from None
         self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]

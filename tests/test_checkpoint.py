@@ -112,7 +112,7 @@ def test_what_is_not_a_checkpoint_is_named(tmp_path, trainer):
     with pytest.raises(OSError, match="lacks format"):
         checkpoint.read(tmp_path / "other.pth")
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(OSError, match="lacks"):
+    with pytest.raises(OSError, match="holds a"):
         checkpoint.read(tmp_path / "list.pth")
     with zipfile.ZipFile(tmp_path / "zip.pth", "w") as archive:
         archive.writestr("hello", "world")
@@ -130,6 +130,10 @@ def test_what_is_not_a_checkpoint_is_named(tmp_path, trainer):
         {"width": 10**9},
         {"depth": 10**9},
         {"multipliers": [1] * 10**6},
+        {"multipliers": []},
+        {"norm": None},
+        {"negative_slope": None},
+        {"width": 8.0},
         {"width": -1},
         {"schedule": "none"},
         {"timesteps": 10**12},
@@ -141,6 +145,25 @@ def test_a_config_that_does_not_fit_is_refused_before_it_costs_anything(trainer,
     state = checkpoint.for_inference(trainer.state())
     torch.save(state | {"config": state["config"] | change}, tmp_path / "a.pth")
     with pytest.raises(OSError, match=r"a\.pth"):
+        checkpoint.load_model(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    "change", [{"event": [1, 10**5, 10**5]}, {"format": torch.ones(2)}, {"classes": None}]
+)
+def test_other_parts_are_looked_at_too(trainer, tmp_path, change):
+    torch.save(checkpoint.for_inference(trainer.state()) | change, tmp_path / "a.pth")
+    with pytest.raises(OSError, match=r"a\.pth"):
+        checkpoint.load_model(tmp_path / "a.pth")
+
+
+def test_weights_that_are_not_finite_are_not_used(trainer, tmp_path):
+    state = checkpoint.for_inference(trainer.state())
+    state["ema"] = {
+        k: v * float("nan") if v.is_floating_point() else v for k, v in state["ema"].items()
+    }
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(OSError, match="not finite"):
         checkpoint.load_model(tmp_path / "a.pth")
 
 

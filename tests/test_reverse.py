@@ -196,6 +196,6 @@ def test_ddim_with_eta_one_is_ddpm():
     x0_hat, xt, noise = torch.randn(3, 2, *EVENT, dtype=torch.float64)
     for s in (-3.0, 2.0, math.inf):
         levels = torch.tensor(-4.0, dtype=torch.float64), torch.tensor(s, dtype=torch.float64)
-        a = reverse.ddpm(x0_hat, xt, *levels, noise)
-        b = reverse.ddim(x0_hat, xt, *levels, noise, eta=1.0)
+        a = reverse.ddpm(x0_hat, xt, *levels, lambda: noise)
+        b = reverse.ddim(x0_hat, xt, *levels, lambda: noise, eta=1.0)
         torch.testing.assert_close(a, b)

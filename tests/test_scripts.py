@@ -6,6 +6,7 @@ import importlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,6 +309,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
         ("--attention 5", "--attention"),
         ("--timesteps -1", "--timesteps"),
         ("--unknown 1", "--unknown"),
+        ("--multipliers 0,1", "--multipliers"),
+        ("--name ../evil", "--name"),
+        ("--device meta", "meta"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_code_2(tmp_path, flags, word):
@@ -323,6 +327,8 @@ def test_a_wrong_flag_is_one_line_and_code_2(tmp_path, flags, word):
         ("--steps 1001", "--steps 1001"),
         ("--eta 0.5 --sampler dpm++", "--eta"),
         ("--eta 2", "--eta"),
+        ("--seed 4294967296", "--seed"),
+        ("--out x.jpg", "x.jpg"),
         ("--label 3", "--conditional"),
         ("--format bmp", "bmp"),
         ("--format npz --out x.png", "x.png"),
@@ -341,6 +347,71 @@ def test_a_missing_or_damaged_checkpoint_is_one_line_and_code_1(script, tmp_path
     assert "none.pth" in refused(script, "--checkpoint", "none.pth", cwd=tmp_path, code=1)
     (tmp_path / "bad.pth").write_bytes(b"PK nonsense")
     assert "bad.pth" in refused(script, "--checkpoint", "bad.pth", cwd=tmp_path, code=1)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Colour pictures of mixed sizes in two class folders."""
+    folder = tmp_path_factory.mktemp("pictures") / "all"
+    random = np.random.RandomState(0)
+    for i in range(24):
+        name = folder / ("red" if i % 2 else "blue, dark") / f"{i}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        size = random.randint(20, 60), random.randint(20, 60), 3
+        Image.fromarray((random.rand(*size) * 255).astype(np.uint8)).save(name)
+    return folder
+
+
+def test_a_folder_of_pictures(pictures, tmp_path):
+    flags = [*TINY, "--dataset", pictures, "--image_size", "10x14", "--conditional"]
+    out = run("train.py", *flags, "--max_steps", 2, cwd=tmp_path)
+    assert "2 classes" in out
+    path = tmp_path / "checkpoints" / "all" / "last.pth"
+    draw = ["--checkpoint", path, "--num_samples", 3, "--steps", 2]
+    run("generate.py", *draw, "--label", "blue, dark", "--out", "a.npz", cwd=tmp_path)
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert arrays["images"].shape == (3, 10, 14, 3)
+        assert arrays["labels"].tolist() == [0, 0, 0]
+    # the folder moves: --data_dir finds it again, and other data is refused
+    moved = shutil.copytree(pictures, tmp_path / "elsewhere" / "all")
+    state = checkpoint.read(path)
+    state["config"]["dataset"] = "/gone/all"
+    torch.save(state, path)
+    few = ["--checkpoint", path, "--num_samples", 2, "--steps", 2, "--draws", 1, "--out", "e"]
+    for place in (moved, moved.parent):
+        run("evaluate.py", *few, "--data_dir", place, cwd=tmp_path)
+    run("train.py", "--resume", path, "--data_dir", moved, "--max_steps", 3, cwd=tmp_path)
+    shutil.rmtree(moved / "red")
+    assert "trained on" in refused("evaluate.py", *few, "--data_dir", moved, cwd=tmp_path)
+    assert "--data_dir" in refused("evaluate.py", *few, cwd=tmp_path)
+
+
+def test_a_time_limit_ends_the_run_and_saves_on_the_way(tmp_path):
+    run("train.py", *TINY, "--max_minutes", 0.03, "--epochs", 10**6, cwd=tmp_path)
+    run("train.py", *TINY, "--max_minutes", 0.03, "--name", "timed", cwd=tmp_path)
+    for name in ("digits", "timed"):
+        rows = log(tmp_path / "checkpoints" / name)
+        assert sum(1 for r in rows if r["test_loss"]) > 1
+    assert float(rows[-1]["lr"]) < float(rows[0]["lr"])
+
+
+def test_a_damaged_last_checkpoint_leaves_the_numbered_ones(tmp_path):
+    run("train.py", *TINY, "--max_steps", 4, "--keep", 2, cwd=tmp_path)
+    folder = tmp_path / "checkpoints" / "digits"
+    (folder / "last.pth").write_bytes((folder / "last.pth").read_bytes()[:1000])
+    assert "damaged" in refused("train.py", "--resume", folder, cwd=tmp_path, code=1)
+    run("train.py", "--resume", folder / "step_00000003.pth", cwd=tmp_path)
+    assert checkpoint.read(folder / "last.pth")["step"] == 4
+    (folder / "last.pth").unlink()
+    assert "best.pth" in refused("train.py", "--resume", folder, cwd=tmp_path, code=1)
+
+
+@pytest.mark.parametrize(
+    "change", [{"optimizer": []}, {"best": "x"}, {"provenance": {}}, {"ema": {}}]
+)
+def test_resume_refuses_a_checkpoint_that_does_not_fit(trained, tmp_path, change):
+    torch.save(checkpoint.read(trained / "digits" / "last.pth") | change, tmp_path / "a.pth")
+    refused("train.py", "--resume", "a.pth", "--name", "n", cwd=tmp_path, code=1)
 
 
 def test_the_shipped_digits(tmp_path):
