@@ -28,7 +28,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # What is chosen for the data where no flag says otherwise; `pictures` serves every other image
 # dataset. Deep and narrow won over wide at equal cost; the few digits gain from more noisy copies.
 PRESETS = {
-    "digits": {"width": 28, "depth": 4, "multipliers": [1, 2], "patch": 1, "noise_draws": 2},
+    "digits": {"width": 16, "depth": 4, "multipliers": [2, 3], "patch": 1, "noise_draws": 3},
     "mnist": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
     "fashion_mnist": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
     "pictures": {"width": 48, "depth": 3, "multipliers": [1, 2, 2], "patch": 2, "noise_draws": 1},

@@ -53,7 +53,7 @@ def dpm_solver_2m(x0_hat, xt, log_snr, next_log_snr, noise, last=None):
     return sigma_s / sigma_t * xt - alpha_s * torch.expm1(-h) * x0_hat
 
 
-DEFAULT_SAMPLER, DEFAULT_STEPS = "dpm++", 25
+DEFAULT_SAMPLER, DEFAULT_STEPS = "ddpm", 100
 SAMPLERS = {"ddpm": ddpm, "ddpm_large": ddpm_large, "ddim": ddim, "dpm++": dpm_solver_2m}
 
 
