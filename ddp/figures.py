@@ -108,11 +108,10 @@ def loss_by_level(levels):
 
 
 def side_by_side(pictures, titles):
-    """PIL images in a row, on white, each under its title and scaled down to the lowest."""
-    height, margin = min(p.height for p in pictures), 24
-    pictures = [p.resize((round(p.width * height / p.height), height)) for p in pictures]
+    """PIL images in a row on white, as they are, each under its title."""
+    margin = 24
     width = sum(p.width + margin for p in pictures) + margin
-    canvas = Image.new("RGB", (width, height + 2 * margin), "white")
+    canvas = Image.new("RGB", (width, max(p.height for p in pictures) + 2 * margin), "white")
     left = margin
     for picture, title in zip(pictures, titles, strict=True):
         canvas.paste(picture, (left, margin + margin // 2))

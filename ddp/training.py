@@ -14,7 +14,7 @@ from ddp.loss import denoising
 from ddp.model import DiffusionModel
 from ddp.network import Block
 
-STATISTICS_BATCHES = 16  # of STATISTICS_ITEMS each, to recompute BatchNorm's statistics
+STATISTICS_BATCHES = 8  # of STATISTICS_ITEMS each, to recompute BatchNorm's statistics
 STATISTICS_ITEMS = {True: 512, False: 8192}  # is_image: a picture has many positions, a point one
 # Muon's step in units of --lr. A normalisation cancels the scale of the weights before it, so only
 # the step relative to their size counts (van Laarhoven 2017). Measured: docs/training.md.
