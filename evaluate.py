@@ -91,23 +91,14 @@ def main(args):
 
 
 def command(arguments=None):
-    """Run the script -> its exit code: 2 for what cannot be done, 1 for what was tried and
-    failed."""
+    """Run the script -> its exit code, 2 for a wrong flag and 1 for a failed run."""
     given = parse(arguments)
     try:
         return main(given)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    except RuntimeError as error:
-        if "memory" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        print(f"evaluate.py: error: {reason}; try a smaller --batch_size", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("evaluate.py: stopped at once", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = config.verdict(error)
+        print(f"evaluate.py: {line}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

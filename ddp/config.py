@@ -256,3 +256,20 @@ def expect(args, **least):
             raise ValueError(
                 f"--{name} {getattr(args, name)}: expected at least {bound}, below 2^32"
             )
+
+
+def verdict(error):
+    """(exit code, what to say in a line) of what ended a script; what nobody foresaw is raised
+    again.
+
+    A ValueError says that what was asked for cannot be done, an OSError or FloatingPointError that
+    it was tried and failed."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped at once; what was written before stands"
+    if isinstance(error, ValueError):
+        return 2, f"error: {error}"
+    if isinstance(error, (OSError, FloatingPointError)):
+        return 1, f"error: {error}"
+    if isinstance(error, RuntimeError) and "memory" in str(error):
+        return 1, f"error: {str(error).splitlines()[0]}; try a smaller --batch_size"
+    raise error

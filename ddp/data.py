@@ -461,6 +461,6 @@ def load(
     if path is None:
         raise ValueError(
             f"--dataset {name} is neither a dataset ({', '.join(NAMES)}) nor a folder "
-            "or .zip of pictures"
+            "or .zip of pictures; one that has moved is found by --data_dir"
         )
     return load_folder(path, image_size, channels, test_fraction)

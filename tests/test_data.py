@@ -638,7 +638,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("share", "count"), [(0.1, 10), (0.5, 50), (0.25, 25), (0.001, 1), (None, 10)]
+    ("share", "count"), [(0.1, 10), (0.5, 50), (0.25, 25), (0.001, 2), (None, 10)]
 )
 def test_test_fraction(folder, share, count):
     parts = [data.load(str(folder), seed=seed, test_fraction=share) for seed in (0, 1)]

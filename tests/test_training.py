@@ -205,3 +205,14 @@ def test_muon_moves_the_weights_themselves():
     fresh = trainer_for(warmup=0, grad_clip=0.0, optimizer="adamw")
     assert not fresh.matrices
     assert len(fresh.optimizers[0].param_groups[0]["params"]) == len(list(fresh.model.parameters()))
+
+
+def test_noisy_copies_are_of_the_same_items_at_other_levels():
+    trainer = trainer_for(conditional=True, label_dropout=0.0)
+    x0, label = trainer.training_batch(3, 16, copies=2)
+    assert torch.equal(x0[:16], x0[16:])
+    assert torch.equal(label[:16], label[16:])
+    one, _ = trainer.training_batch(3, 16)
+    assert torch.equal(x0[:16], one)
+    loss = trainer.loss(trainer.model, x0, label, 3, "train")
+    assert not torch.isclose(loss[:16], loss[16:]).any()
