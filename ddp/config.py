@@ -32,7 +32,7 @@ PRESETS = {
     "digits": {"width": 16, "depth": 4, "multipliers": [2, 3], "patch": 1, "noise_draws": 2},
     "mnist": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
     "fashion_mnist": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
-    "pictures": {"width": 48, "depth": 3, "multipliers": [1, 2, 2], "patch": 2, "noise_draws": 1},
+    "pictures": {"width": 32, "depth": 3, "multipliers": [1, 2, 2], "patch": 2, "noise_draws": 1},
     "points": {"width": 128, "depth": 4, "multipliers": [1], "patch": 1, "noise_draws": 1},
 }
 
