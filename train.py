@@ -72,10 +72,8 @@ def main(given):
     started = time.monotonic() - trainer.seconds
 
     def progress():
-        """(share of the run that is done, for the learning rate; the same for saving, 1 is the
-        end).
-
-        Steps govern the first where they are known, so that a resumed run is the same run."""
+        """Two shares of the run that are done: one for the learning rate, which follows the steps
+        where they are known, so that a resumed run is the same run; one that ends the run at 1."""
         trainer.seconds = time.monotonic() - started
         by_time = trainer.seconds / (60 * (minutes or math.inf))
         by_steps = trainer.step / steps if steps else 0.0

@@ -197,7 +197,7 @@ class Run:
         line."""
         self.flush()
         model = trainer.average()
-        indices = torch.arange(GRID if len(model.event) == 3 else POINTS)
+        indices = torch.arange(GRID if model.is_image else POINTS)
         labels = class_labels(model, indices)
         states = generate(model, indices, trainer.config.seed, labels)
         items = to_pixels(final(states)).cpu()
