@@ -8,11 +8,12 @@ from ddp.network import reverse_network
 from ddp.schedule import Schedule
 
 # predict -> (c_skip, c_out): x0_hat = c_skip xt + c_out F. Salimans & Ho 2022, section 4 and
-# appendix D.
+# appendix D; `flow` is the velocity eps - x0 of rectified flow (Liu et al. 2022, eq. 1).
 PREDICTIONS = {
     "x0": lambda alpha, sigma: (0.0, 1.0),
     "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
     "v": lambda alpha, sigma: (alpha, -sigma),
+    "flow": lambda alpha, sigma: (1 / (alpha + sigma), -sigma / (alpha + sigma)),
 }
 
 
@@ -25,17 +26,20 @@ class DiffusionModel(nn.Module):
     def __init__(self, config, event, classes=0):
         super().__init__()
         self.event, self.classes, self.predict = tuple(event), classes, config.predict
-        self.schedule = Schedule(config.schedule, config.timesteps)
+        self.schedule = Schedule(
+            config.schedule,
+            config.timesteps,
+            config.shift,
+            config.zero_terminal_snr,
+            config.levels,
+        )
+        # whether the network has learned to do without a label, too
+        self.drops_label = bool(classes) and config.label_dropout > 0
         self.network = reverse_network(self.event, classes=classes, **config.network())
 
     @property
     def is_image(self):
         return len(self.event) == 3
-
-    @property
-    def clip(self):
-        """The range of the data, (-1, 1) for images; None for points, which have no bounds."""
-        return (-1.0, 1.0) if self.is_image else None
 
     def denoise(self, xt, log_snr, label=None):
         """x0_hat (B, *event), the estimate of the data in xt (B, *event) at log_snr (B,)."""
