@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ddp import config, data, device, evaluation, output, reverse
+from ddp import config, data, device, evaluation, output
 from ddp.checkpoint import load_model, replace
 
 
@@ -20,9 +20,7 @@ def parse(arguments=None):
     add("checkpoint", required=True, help="a checkpoint that train.py wrote")
     add("test_items", type=int, default=2000, help="measure on the first so many (default: 2000)")
     add("num_samples", type=int, default=2000, help="to judge; at most as many as test items")
-    add("sampler", choices=reverse.SAMPLERS, help=f"(default: {reverse.DEFAULT_SAMPLER})")
-    add("steps", type=int, help=f"of the sampler (default: {reverse.DEFAULT_STEPS})")
-    add("eta", type=float, help="noise of ddim, from 0 (none) to 1 (as ddpm)")
+    config.add_flags(parser, config.Sampling)
     add("draws", type=int, default=16, help="of the noise level for each item of the bound")
     add("seed", type=int, default=0, help="of noise and samples (default: 0)")
     add("out", help="folder for the results (default: a new one by the checkpoint)")
@@ -36,8 +34,10 @@ def parse(arguments=None):
 def main(args):
     config.expect(args, test_items=2, num_samples=2, draws=1, batch_size=1, seed=0)
     where = device.pick_device(args.device)
+    sampling = config.sampling_of(args)
     model, settings, state = load_model(args.checkpoint, args.weights, where)
-    options = reverse.options(model, args.sampler, args.steps, args.eta)
+    guide = load_model(sampling.guide, "ema", where)[0] if sampling.guide else None
+    options = sampling.options(model, guide)
     source = settings.data() | ({"data_dir": args.data_dir} if args.data_dir else {})
     dataset = data.load(**source, progress=tqdm)
     print(*dataset.describe(), sep="\n")
@@ -62,7 +62,8 @@ def main(args):
     levels = evaluation.loss_by_level(*what, progress("loss"))
     bound = evaluation.bound(*what, args.draws, progress("bound"))
     number = min(args.num_samples, count)
-    drawn = evaluation.samples(model, number, size, args.seed, options, progress("samples"))
+    drawing = {**options, "guide": guide}
+    drawn = evaluation.samples(model, number, size, args.seed, drawing, progress("samples"))
     results = {
         "schema": evaluation.SCHEMA,
         "checkpoint": str(Path(args.checkpoint).resolve()),
@@ -70,7 +71,13 @@ def main(args):
         "provenance": state["provenance"],
         "fingerprint": dataset.fingerprint,
         "test_items": count,
-        "recipe": {**options, "weights": args.weights, "seed": args.seed, "draws": args.draws},
+        "recipe": {
+            **options,
+            "guide": sampling.guide,
+            "weights": args.weights,
+            "seed": args.seed,
+            "draws": args.draws,
+        },
         "loss_by_level": levels,
         "bound": bound,
         "quality": evaluation.distance(dataset, drawn),

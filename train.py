@@ -1,7 +1,6 @@
 """Train a deep diffusion process: python train.py --epochs 100 --lr 0.001 --batch_size 128"""
 
 import argparse
-import dataclasses
 import math
 import shlex
 import signal
@@ -19,12 +18,13 @@ def parse(arguments=None):
     parser = argparse.ArgumentParser(
         description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
-    for field in dataclasses.fields(config.Config):
-        parser.add_argument(*config.spellings(field.name), **config.argument(field))
+    config.add_flags(parser, config.Config)
     parser.add_argument(
         "--resume", metavar="PATH", help="a checkpoint or run to go on with, or auto"
     )
-    parser.add_argument(*config.spellings("dry_run"), action="store_true", help="write nothing")
+    parser.add_argument(
+        *config.spellings("dry_run"), action="store_true", help="one step, and diagnostics"
+    )
     return vars(parser.parse_args(arguments))
 
 
@@ -64,8 +64,7 @@ def main(given):
     length = f"{steps:,} steps" if steps else f"{minutes:g} minutes"
     print(f"run: {folder.resolve()}, step {trainer.step:,}, to run for {length}")
     if dry_run:
-        _, loss, _, _ = trainer.train_step(0.0)
-        print(f"dry run: one step went well, loss {loss:.4f}; nothing was written")
+        print(*run.rehearse(trainer, folder), sep="\n")
         return 0
 
     log = run.Run(folder, source, trainer.step)

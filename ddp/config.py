@@ -7,10 +7,12 @@ import dataclasses
 import math
 from pathlib import Path
 
+from ddp.guidance import CLIPS
 from ddp.loss import DISTANCES, WEIGHTINGS
 from ddp.model import PREDICTIONS
 from ddp.network import ACTIVATIONS, INITS, NORM_NAMES
-from ddp.schedule import SCHEDULES
+from ddp.reverse import CHURNABLE, SAMPLERS, STOCHASTIC
+from ddp.schedule import LEVELS, SCHEDULES, SPACINGS
 
 LR_SCHEDULES = {  # progress in [0, 1] -> the share of --lr
     "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
@@ -20,7 +22,7 @@ LR_SCHEDULES = {  # progress in [0, 1] -> the share of --lr
 DEFAULT_EPOCHS = 100
 # predict -> weighting: the plain loss of the output, but for x0 one that does not look at noise
 # only
-SUITING = {"x0": "min_snr", "eps": "snr", "v": "v"}
+SUITING = {"x0": "min_snr", "eps": "snr", "v": "v", "flow": "flow"}
 MAX_LIST = 8
 OPTIMIZERS = ("muon", "adamw")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
@@ -50,10 +52,10 @@ def image_size(text):
     return sides * 2 if len(sides) == 1 else sides
 
 
-def flag(default, help, kind=None, choices=None, at_least=None, above=None, at_most=None):
+def flag(default, help, kind=None, choices=None, at_least=None, above=None, at_most=None, count=1):
     """A field of Config: its default, and what its flag needs: help, type, choices and bounds."""
     kind = kind or type(default)
-    metadata = dict(help=help, kind=kind, choices=choices and list(choices))
+    metadata = dict(help=help, kind=kind, choices=choices and list(choices), count=count)
     metadata.update(at_least=at_least, above=above, at_most=at_most)
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
@@ -73,8 +75,15 @@ class Config:
     # the forward process
     schedule: str = flag("cosine", "noise schedule", choices=SCHEDULES)
     timesteps: int = flag(
-        1000, "steps of the discrete process; 0 is continuous time", at_least=0, at_most=10**6
+        None,
+        "steps of the discrete process, 0 for continuous time (default: 1000, of learned 0)",
+        int,
+        at_least=0,
+        at_most=10**6,
     )
+    shift: float = flag(1.0, "more noise, for pictures so many times larger", above=0, at_most=1e3)
+    zero_terminal_snr: bool = flag(False, "make the last noise level noise alone")
+    levels: str = flag("stratified", "how training draws noise levels", choices=LEVELS)
     # the reverse network
     width: int = flag(None, "channels of the first resolution", int, at_least=8, at_most=4096)
     depth: int = flag(None, "blocks in each resolution", int, at_least=1, at_most=64)
@@ -138,6 +147,24 @@ class Config:
             raise ValueError(
                 "--batch_size 1 gives BatchNorm nothing to average; use 2 or more, or --norm"
             )
+        learned = self.schedule == "learned"
+        if self.timesteps is None:
+            self.timesteps = 0 if learned else 1000
+        if self.weighting is None:
+            self.weighting = "bound" if learned else SUITING[self.predict]
+        zero, bound = self.zero_terminal_snr, self.weighting == "bound"
+        refuse(
+            (learned and self.timesteps, f"--timesteps {self.timesteps}: learned is continuous"),
+            (learned and zero, "--zero_terminal_snr: learned trains its own ends"),
+            (learned and self.levels != "stratified", "--levels: learned draws its own"),
+            (
+                zero and self.predict == "eps",
+                "--zero_terminal_snr needs another --predict than eps",
+            ),
+            (zero and self.timesteps == 1, "--zero_terminal_snr: one step cannot be both ends"),
+            (zero and bound, "--weighting bound is infinite with --zero_terminal_snr"),
+            (bound and self.levels == "log_normal", "--levels log_normal: bound weighs the levels"),
+        )
 
     def network(self):
         """The keyword arguments of ddp.network.reverse_network."""
@@ -162,8 +189,7 @@ class Config:
                 raise ValueError(
                     "--attention, --patch and --multipliers are for images, not points"
                 )
-        preset = PRESETS[kind] | {"weighting": SUITING[self.predict]}
-        missing = {k: v for k, v in preset.items() if getattr(self, k) is None}
+        missing = {k: v for k, v in PRESETS[kind].items() if getattr(self, k) is None}
         return dataclasses.replace(self, **missing)
 
     def steps(self, count):
@@ -174,6 +200,74 @@ class Config:
         items = self.batch_size * self.grad_accumulation
         limits = [math.ceil(epochs * count / items)] if epochs else []
         return min(limits + ([self.max_steps] if self.max_steps else []), default=None)
+
+
+# sampler -> steps and spacing of the levels. Measured: docs/sampling.md.
+SUITED = dict.fromkeys(STOCHASTIC, (100, "trailing")) | {"heun": (10, "karras")}
+DEFAULT_SAMPLER, DEFAULT = "dpm++", (20, "trailing")
+
+
+@dataclasses.dataclass
+class Sampling:
+    """How samples are drawn: the flags that evaluate.py and generate.py share."""
+
+    sampler: str = flag(None, f"(default: {DEFAULT_SAMPLER})", str, choices=SAMPLERS)
+    steps: int = flag(None, "of the sampler, at most the schedule's (default: 10 to 100)", int)
+    spacing: str = flag(None, "of the steps (default: what suits)", str, choices=SPACINGS)
+    eta: float = flag(
+        None, "noise of ddim, from 0 (none) to 1 (as ddpm)", float, at_least=0, at_most=1
+    )
+    churn: float = flag(0.0, "noise that heun or euler adds on the way (EDM's S_churn)", at_least=0)
+    clip: str = flag(None, "of the estimates, to the range of pixels", str, choices=CLIPS)
+    guidance: float = flag(None, "strength; 1 is none, 2 is some", float, at_least=0)
+    guidance_interval: list = flag(None, "only between two log-SNR, LOW HIGH", float, count=2)
+    guidance_rescale: float = flag(0.0, "of guided items' contrast", at_least=0, at_most=1)
+    guide: str = flag(None, "a weaker checkpoint to guide away from, not the lack of a label", str)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check(field, getattr(self, field.name))
+
+    def options(self, model, guide=None):
+        """The keyword arguments of ddp.reverse.generate but `guide`, a model or None.
+
+        Raises ValueError when they do not fit the model or each other."""
+        sampler = self.sampler or (DEFAULT_SAMPLER if self.eta is None else "ddim")
+        steps, spacing = SUITED.get(sampler, DEFAULT)
+        if self.steps is not None:
+            steps = self.steps
+        elif model.schedule.timesteps:
+            steps = min(steps, model.schedule.timesteps)
+        unguided, low_high = self.guidance is None, self.guidance_interval or [0, 0]
+        refuse(
+            (self.eta is not None and sampler != "ddim", "--eta is for --sampler ddim"),
+            (self.churn and sampler not in CHURNABLE, "--churn is for --sampler heun or euler"),
+            (self.clip not in (None, "none") and not model.is_image, "--clip is for pictures"),
+            (unguided and self.guide, "--guide needs --guidance, such as 2"),
+            (unguided and self.guidance_interval, "--guidance_interval needs --guidance"),
+            (unguided and self.guidance_rescale, "--guidance_rescale needs --guidance"),
+            (low_high[0] > low_high[1], "--guidance_interval: expected LOW before HIGH"),
+            (
+                not unguided and not guide and not model.drops_label,
+                "--guidance needs a model trained with --conditional and label dropout, or --guide",
+            ),
+            (
+                guide and (guide.event, guide.classes) != (model.event, model.classes),
+                f"--guide {self.guide}: it was trained on other items or labels",
+            ),
+        )
+        model.schedule.grid(steps)
+        return {
+            "sampler": sampler,
+            "steps": steps,
+            "spacing": self.spacing or spacing,
+            "eta": self.eta or 0.0,
+            "churn": self.churn,
+            "clip": self.clip or ("static" if model.is_image else "none"),
+            "guidance": self.guidance,
+            "guidance_interval": self.guidance_interval,
+            "guidance_rescale": self.guidance_rescale,
+        }
 
 
 # What may change when a run is resumed. All else would make it another run.
@@ -201,36 +295,57 @@ def merged(config, given):
     return Config(**{**saved, **given})
 
 
+def refuse(*reasons):
+    """Raise ValueError with the first `why` whose condition holds, of pairs (condition, why)."""
+    for wrong, why in reasons:
+        if wrong:
+            raise ValueError(why)
+
+
+def add_flags(parser, kind):
+    """Give an ArgumentParser a flag for each field of the dataclass `kind`."""
+    for field in dataclasses.fields(kind):
+        parser.add_argument(*spellings(field.name), **argument(field))
+
+
+def sampling_of(args):
+    """The Sampling among the parsed flags `args`, in which None means that it was not given."""
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)}
+    return Sampling(**{name: value for name, value in given.items() if value is not None})
+
+
 def spellings(name):
     """--batch_size and --batch-size are one flag."""
     return list(dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]))
 
 
 def argument(field):
-    """The keyword arguments of add_argument for a field of Config."""
-    kind, default = field.metadata["kind"], field.default
-    if kind is bool:
-        return {"dest": field.name, "action": "store_true", "help": field.metadata["help"]}
-    shown = "" if default in (None, dataclasses.MISSING) else f" (default: {default})"
-    return {
-        "dest": field.name,
-        "type": kind,
-        "choices": field.metadata["choices"],
-        "metavar": None if field.metadata["choices"] else field.name.upper(),
-        "help": field.metadata["help"].replace("%", "%%") + shown,
-    }
+    """The keyword arguments of add_argument for a field of a dataclass."""
+    bounds, default = field.metadata, field.default
+    common = {"dest": field.name, "help": bounds["help"].replace("%", "%%")}
+    if bounds["kind"] is bool:
+        return common | {"action": "store_true"}
+    if default not in (None, dataclasses.MISSING):
+        common["help"] += f" (default: {default})"
+    if bounds["count"] > 1:
+        common["nargs"] = bounds["count"]
+    name = None if bounds["choices"] else field.name.upper()
+    return common | {"type": bounds["kind"], "choices": bounds["choices"], "metavar": name}
 
 
 def check(field, value):
     """Raise ValueError, in the words of the flag, when the value of a field is out of bounds."""
     bounds = field.metadata
     types = {list: list, float: (float, int), int: int, str: str, bool: bool}
-    expected = types.get(bounds["kind"], list)
+    expected = types.get(bounds["kind"], list) if bounds["count"] == 1 else list
     if value is None and field.default is None:
         return
     wanted = None
     if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
         wanted = f"a value of type {getattr(bounds['kind'], '__name__', bounds['kind'])}"
+    elif bounds["count"] > 1:
+        if not all(type(v) in (int, float) and math.isfinite(v) for v in value):
+            wanted = "finite numbers"
     elif isinstance(value, list):
         least = 0 if field.name == "attention" else 1
         if not least <= len(value) <= MAX_LIST or not all(type(v) is int and v > 0 for v in value):
@@ -252,10 +367,9 @@ def check(field, value):
 def expect(args, **least):
     """Raise ValueError when a flag in `args` is below its least value, or above all reason."""
     for name, bound in least.items():
-        if not bound <= getattr(args, name) < 2**32:
-            raise ValueError(
-                f"--{name} {getattr(args, name)}: expected at least {bound}, below 2^32"
-            )
+        value = getattr(args, name)
+        if value is not None and not bound <= value < 2**32:
+            raise ValueError(f"--{name} {value}: expected at least {bound}, below 2^32")
 
 
 def verdict(error):

@@ -34,9 +34,10 @@ def grid(images, columns=None):
     return Image.fromarray(canvas)
 
 
-def scatter(points, real=None, title="samples"):
-    """Points (N, 2), beside real ones where they are given, on the same axes."""
-    panels = [(title, points)] + ([("data", real)] if real is not None else [])
+def scatter(points, beside=None, titles=("samples", "data")):
+    """Points (N, 2), beside others where they are given, on the same axes."""
+    clouds = [points] if beside is None else [points, beside]
+    panels = list(zip(titles, clouds, strict=False))
     figure = Figure(figsize=(5 * len(panels), 5), layout="constrained")
     limit = np.abs(np.asarray(panels[-1][1])).max() * 1.15
     for axes, (name, cloud) in zip(
@@ -53,10 +54,14 @@ def scatter(points, real=None, title="samples"):
     return figure
 
 
-def overview(items, real=None):
-    """Samples in one PIL image: a grid of pictures (N, C, H, W), or a scatter of points beside real
-    ones."""
-    return grid(items) if items.ndim == 4 else image_of(scatter(items, real))
+def overview(items, beside=None, titles=("samples", "data"), columns=None):
+    """Items in one PIL image, `beside` others where they are given: grids of pictures (N, C, H, W),
+    or scatters of points."""
+    if items.ndim == 2:
+        return image_of(scatter(items, beside, titles))
+    if beside is None:
+        return grid(items, columns)
+    return side_by_side([grid(items, columns), grid(beside, columns)], titles)
 
 
 def image_of(figure, dpi=80):
@@ -104,6 +109,23 @@ def loss_by_level(levels):
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
+    return figure
+
+
+def schedule(t, log_snr, rows):
+    """log-SNR against t, and how much each level counts. rows: (log_snr, share of levels,
+    weight)."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.plot(t, log_snr)
+    left.set(xlabel="t", ylabel="log-SNR", title="schedule")
+    levels, share, weight = zip(*rows, strict=True)
+    right.step(levels, weight, where="mid", label="effective weight of |v_hat - v|²")
+    right.step(levels, [s / max(share) for s in share], where="mid", label="levels drawn")
+    right.set(xlabel="log-SNR (noise on the left, data on the right)", title="of the most, 1")
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
     return figure
 
 

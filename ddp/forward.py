@@ -93,9 +93,11 @@ def words(seed, stream, step, indices, count):
     return torch.cat(four, dim=1)[:, :count]
 
 
-def uniform(seed, stream, step, indices):
-    """u (B,) float32 in [0, 1), keyed by (seed, stream, step, index). indices: (B,) integers."""
-    return (words(seed, len(STREAMS) + STREAMS[stream], step, indices, 1)[:, 0] >> 8) * 2.0**-24
+def uniform(seed, stream, step, indices, event=()):
+    """u (B, *event) float32 in [0, 1), keyed by (seed, stream, step, index). indices: (B,)
+    integers."""
+    bits = words(seed, len(STREAMS) + STREAMS[stream], step, indices, math.prod(event))
+    return ((bits >> 8) * 2.0**-24).reshape(-1, *event)
 
 
 def draw_seed(seed, step):

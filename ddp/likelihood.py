@@ -5,8 +5,10 @@ import math
 import torch
 
 from ddp.forward import alpha_sigma, diffuse, normal, uniform
+from ddp.guidance import static
 
 LOSS_STEPS = 1 << 20
+NOISIEST = -20.0  # log_snr that stands for -inf, in sums and in figures
 
 
 def denoised(model, x0, log_snr, seed, step, indices, label):
@@ -14,7 +16,7 @@ def denoised(model, x0, log_snr, seed, step, indices, label):
     index)."""
     eps = normal(seed, "test", step, indices.to(x0.device), model.event)
     x0_hat = model.denoise(diffuse(x0, log_snr, eps), log_snr, label)
-    return x0_hat if model.clip is None else x0_hat.clamp(*model.clip)
+    return static(x0_hat) if model.is_image else x0_hat
 
 
 def prior_term(x0, log_snr):
@@ -64,21 +66,25 @@ def bound(model, x0, indices, seed=0, draws=8, label=None, discrete=True):
     The sum over steps, or the integral, is estimated from `draws` levels an item, stratified over
     log-SNR and keyed by (seed, index): unbiased, and independent of the batch. discrete: x0 is
     uint8 pixels in [-1, 1], not a point with a density."""
-    table = model.schedule.table
-    clean, noisy = (model.schedule.log_snr(t).to(x0) for t in (0.0, 1.0))
-    span, diffusion = clean - noisy, torch.zeros(len(x0), device=x0.device)
-    table = None if table is None else table.to(x0)
+    schedule = model.schedule
+    clean, noisy = (schedule.log_snr(t).to(x0) for t in (0.0, 1.0))
+    # all that a step from log_snr = -inf adds is at its other end
+    span, diffusion = clean - noisy.clamp_min(NOISIEST), torch.zeros(len(x0), device=x0.device)
+    table = None if schedule.table is None else schedule.table.to(x0)
     for k in range(draws if span > 0 else 0):
-        u = (k + uniform(seed, "test", k, indices.to(x0.device))) / draws
+        u, width = (k + uniform(seed, "test", k, indices.to(x0.device))) / draws, span
         level = clean - u * span
         if table is None:
+            if schedule.network:  # it was trained to lower the variance here
+                level, width = schedule.log_snr(u).to(x0), schedule.slope(u.double()).to(x0)
             x0_hat = denoised(model, x0, level, seed, k, indices, label)
             rate = diffusion_rate(x0, x0_hat, level)
         else:  # the step that spans this level
             t = torch.searchsorted(-table, -level).clamp(1, len(table) - 1)
             x0_hat = denoised(model, x0, table[t], seed, k, indices, label)
-            rate = diffusion_term(x0, x0_hat, table[t], table[t - 1]) / (table[t - 1] - table[t])
-        diffusion += span * rate / draws
+            step = table[t - 1] - table[t].clamp_min(NOISIEST)
+            rate = diffusion_term(x0, x0_hat, table[t], table[t - 1]) / step
+        diffusion += width * rate / draws
     clean = clean.expand(len(x0))
     x0_hat = denoised(model, x0, clean, seed, draws, indices, label)
     terms = {
@@ -108,7 +114,7 @@ def losses(model, x0, indices, seed=0, count=10, label=None):
         rows.append(
             {
                 "t": t,
-                "log_snr": log_snr.item(),
+                "log_snr": max(log_snr.item(), NOISIEST),
                 "x0": error,
                 "eps": snr * error,
                 "v": (1 + snr) * error,

@@ -54,14 +54,15 @@ class Folder:
     """Writes samples as they come into a hidden folder, which takes its name `path` when all is
     well; when `path` is a file, only that is kept. Afterwards `written` lists what is there.
 
-    event: the shape of a sample. total: how many will come. real: points to show beside, or
-    None."""
+    event: the shape of a sample. total: how many will come. beside: items to show beside, or None.
+    shown: further arguments of figures.overview."""
 
-    def __init__(self, path, formats, event, total, real=None):
-        self.path, self.formats, self.total, self.real = path.absolute(), formats, total, real
+    def __init__(self, path, formats, event, total, beside=None, **shown):
+        self.path, self.formats, self.total = path.absolute(), formats, total
         self.is_image = len(event) == 3
         self.item = (*event[1:], event[0]) if self.is_image else event
-        self.count, self.shown, self.labels, self.written = 0, [], [], []
+        self.count, self.items, self.arrays, self.written = 0, [], {}, []
+        self.beside, self.options = [] if beside is None else [beside], shown
 
     def __enter__(self):
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,18 +78,21 @@ class Folder:
             np.lib.format.write_array_header_1_0(self.array, header)
         return self
 
-    def add(self, items, labels=None):
-        """The next samples: uint8 (B, C, H, W) or float32 (B, D), and their labels (B,) or None."""
+    def add(self, items, beside=None, **arrays):
+        """The next samples: uint8 (B, C, H, W) or float32 (B, D); items to show beside them; and
+        arrays (B, ...), such as their labels, for the .npz. What is None is left out."""
         items = items.numpy()
         wanted = (SHOWN if self.is_image else SHOWN_POINTS) - self.count
         if wanted > 0:
-            self.shown.append(items[:wanted])
+            self.items.append(items[:wanted])
+            self.beside += [] if beside is None else [beside[:wanted]]
         if self.is_image:
             items = np.ascontiguousarray(items.transpose(0, 2, 3, 1))
         if "npz" in self.formats:
             self.array.write(items.tobytes())
-            if labels is not None:
-                self.labels.append(labels.cpu().numpy())
+            for name, array in arrays.items():
+                if array is not None:
+                    self.arrays.setdefault(name, []).append(array.cpu().numpy())
         if "png" in self.formats and self.is_image:
             for i, item in enumerate(items, self.count):
                 picture = Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
@@ -99,18 +103,19 @@ class Folder:
         """An animation of `states`, the samples from noise to data, in at most FRAMES frames."""
         states = list(states)
         keep = np.unique(np.linspace(0, len(states) - 1, FRAMES).round().astype(int))
-        frames = [figures.overview(states[i]) for i in keep]
+        frames = [figures.overview(states[i], columns=self.options.get("columns")) for i in keep]
         figures.save_animation(frames, self.temporary / "process.gif")
 
     def finish(self):
-        shown = np.concatenate(self.shown)
+        items, beside = np.concatenate(self.items), np.concatenate(self.beside or [[]])
         if "grid" in self.formats or ("png" in self.formats and not self.is_image):
-            figures.overview(shown, self.real).save(self.temporary / "grid.png")
+            picture = figures.overview(items, beside if len(beside) else None, **self.options)
+            picture.save(self.temporary / "grid.png")
         if "npz" in self.formats:
             self.array.close()
-            if self.labels:
-                with self.archive.open("labels.npy", "w") as f:
-                    np.lib.format.write_array(f, np.concatenate(self.labels))
+            for name, parts in self.arrays.items():
+                with self.archive.open(f"{name}.npy", "w", force_zip64=True) as f:
+                    np.lib.format.write_array(f, np.concatenate(parts))
             self.archive.close()
 
     def __exit__(self, kind, error, traceback):

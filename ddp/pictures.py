@@ -145,8 +145,13 @@ def _opened(path):
                 if archive.getinfo(name).file_size > LARGEST_FILE:
                     raise ValueError(f"unpacks to more than {LARGEST_FILE:,} bytes")
                 return archive.read(name)
+        elif path.is_file():
+            files = [path.name]
+
+            def load(name):
+                return path.read_bytes()
         else:
-            raise OSError(f"{path} is neither a folder nor a .zip of pictures")
+            raise OSError(f"{path} is neither a picture nor a folder or .zip of pictures")
         seen = [
             f
             for f in files

@@ -1,27 +1,29 @@
 """Samplers: one reverse step each, and the loop that yields every state.
 
-A step takes x0_hat, xt (B, *event), the levels before and after it (0-d float64), `noise`, which
-gives N(0, I) like xt when it is called, and `last`, the (x0_hat, log_snr) of the step before (None
-at first); it returns xs at the next level. Every formula holds at next_log_snr = +inf, where the
-sample is clean: the last step needs no special case.
+A step takes x0_hat, xt (B, *event), the levels before and after it (0-d float64), and by name what
+it needs of: `noise`, which gives N(0, I) like xt when it is called; `denoise`; and `history`, the
+(log_snr, xt, x0_hat) of the steps before, the newest last. It returns xs at the next level. Every
+formula holds at next_log_snr = +inf, where the sample is clean, and at log_snr = -inf, where it is
+noise alone: the first and the last step need no special case.
 """
 
-import functools
-from itertools import pairwise
+import itertools
+import math
 
 import torch
 
 from ddp.forward import alpha_sigma, normal, posterior, transition
+from ddp.guidance import clipped, guided
 
 
-def ddpm(x0_hat, xt, log_snr, next_log_snr, noise, last=None):
+def ddpm(x0_hat, xt, log_snr, next_log_snr, *, noise, **_):
     """One ancestral step, a draw from q(xs | xt, x0_hat): the fixed small variance of Ho et al.
     2020."""
     mean, variance = posterior(x0_hat, xt, log_snr, next_log_snr)
     return mean + variance.sqrt() * noise()
 
 
-def ddpm_large(x0_hat, xt, log_snr, next_log_snr, noise, last=None):
+def ddpm_large(x0_hat, xt, log_snr, next_log_snr, *, noise, **_):
     """One ancestral step with the fixed large variance, beta_t. Ho et al. 2020, section 3.2."""
     mean, _ = posterior(x0_hat, xt, log_snr, next_log_snr)
     _, beta = transition(xt, next_log_snr, log_snr)
@@ -29,7 +31,7 @@ def ddpm_large(x0_hat, xt, log_snr, next_log_snr, noise, last=None):
     return mean + torch.where(next_log_snr.isinf(), 0.0, beta.sqrt()) * noise()
 
 
-def ddim(x0_hat, xt, log_snr, next_log_snr, noise, last=None, eta=0.0):
+def ddim(x0_hat, xt, log_snr, next_log_snr, *, noise=None, eta=0.0, **_):
     """One DDIM step; eta 0 is deterministic, eta 1 has the variance of `ddpm`. Song et al. 2021,
     eq. 12."""
     alpha_t, sigma_t = alpha_sigma(log_snr, xt)
@@ -41,54 +43,120 @@ def ddim(x0_hat, xt, log_snr, next_log_snr, noise, last=None, eta=0.0):
     return alpha_s * x0_hat + sigma_s * eps_hat
 
 
-def dpm_solver_2m(x0_hat, xt, log_snr, next_log_snr, noise, last=None):
-    """One step of DPM-Solver++(2M), the second-order multistep solver. Lu et al. 2022, algorithm
-    2."""
+def euler(x0_hat, xt, log_snr, next_log_snr, **_):
+    """Euler's step of the probability-flow ODE in x / alpha over sigma / alpha (Karras et al. 2022,
+    algorithm 1), or of a rectified flow over its t: either is DDIM's."""
+    return ddim(x0_hat, xt, log_snr, next_log_snr)
+
+
+def heun(x0_hat, xt, log_snr, next_log_snr, *, denoise, **_):
+    """Heun's step, second order, in x / alpha over sigma / alpha: two network evaluations, but one
+    into the clean level. Karras et al. 2022, algorithm 1, lines 6-11."""
+    xs = euler(x0_hat, xt, log_snr, next_log_snr)
+    if next_log_snr.isinf() or log_snr.isinf():
+        return xs
+    alpha_s, _ = alpha_sigma(next_log_snr, xt)
+    change = denoise(xs, next_log_snr.to(xt).expand(len(xt))) - x0_hat
+    # the mean of both slopes, eps_hat = (x - alpha x0_hat) / sigma, takes the place of the first
+    return xs + 0.5 * alpha_s * torch.expm1((next_log_snr - log_snr) / 2) * change
+
+
+def extrapolated(x0_hat, log_snr, next_log_snr, history):
+    """x0_hat half a step ahead, on the line through the last two: what makes a solver second order.
+    The first order is left at the start and into the clean level."""
+    h = next_log_snr - log_snr
+    if not history or not h.isfinite():
+        return x0_hat
+    last_log_snr, _, last_x0_hat = history[-1]
+    return x0_hat + (x0_hat - last_x0_hat) * (h / (log_snr - last_log_snr) / 2)
+
+
+def dpm_solver_2m(x0_hat, xt, log_snr, next_log_snr, *, history, **_):
+    """One step of DPM-Solver++(2M), second-order multistep. Lu et al. 2022b, algorithm 2."""
     _, sigma_t = alpha_sigma(log_snr, xt)
     alpha_s, sigma_s = alpha_sigma(next_log_snr, xt)
     h = (next_log_snr - log_snr) / 2  # the paper's lambda is half the log-SNR
-    if last is not None and h.isfinite():  # first order at the start and into the clean level
-        last_x0_hat, last_log_snr = last
-        x0_hat = x0_hat + (x0_hat - last_x0_hat) * (h / (log_snr - last_log_snr))
-    return sigma_s / sigma_t * xt - alpha_s * torch.expm1(-h) * x0_hat
+    ahead = extrapolated(x0_hat, log_snr, next_log_snr, history)
+    return sigma_s / sigma_t * xt - alpha_s * torch.expm1(-h) * ahead
 
 
-DEFAULT_SAMPLER, DEFAULT_STEPS = "ddpm", 100
-SAMPLERS = {"ddpm": ddpm, "ddpm_large": ddpm_large, "ddim": ddim, "dpm++": dpm_solver_2m}
+def dpm_solver_2m_sde(x0_hat, xt, log_snr, next_log_snr, *, noise, history, **_):
+    """One step of SDE-DPM-Solver++(2M). Lu et al. 2022b, appendix D."""
+    _, sigma_t = alpha_sigma(log_snr, xt)
+    alpha_s, sigma_s = alpha_sigma(next_log_snr, xt)
+    h = (next_log_snr - log_snr) / 2
+    ahead = extrapolated(x0_hat, log_snr, next_log_snr, history)
+    mean = sigma_s / sigma_t * torch.exp(-h) * xt - alpha_s * torch.expm1(-2 * h) * ahead
+    return mean + sigma_s * (-torch.expm1(-2 * h)).sqrt() * noise()
 
 
-def sample(denoise, xt, grid, sampler="ddim", noise=None, clip=None, **options):
+def unic(x0_hat, log_snr, history):
+    """xt once more, now that x0_hat there is known: the corrector UniC-2 (UniC-1 after the first
+    step) with B(h) = e^h - 1, whose predictor UniP-2 is DPM-Solver++(2M). Zhao et al. 2023,
+    algorithm 1."""
+    last_log_snr, last_xt, last_x0_hat = history[-1]
+    _, sigma_s = alpha_sigma(last_log_snr, last_xt)
+    alpha_t, sigma_t = alpha_sigma(log_snr, last_xt)
+    h = (log_snr - last_log_snr) / 2
+    phi = torch.expm1(-h)
+    change = 0.5 * (x0_hat - last_x0_hat)
+    if len(history) > 1:
+        r = (history[-2][0] - last_log_snr) / 2 / h  # where the step before stands, below 0
+        b1 = (phi / -h - 1) / phi
+        b2 = 2 * (b1 * phi / -h - 0.5) / phi
+        before = (history[-2][2] - last_x0_hat) / r
+        weight = (b1 - b2) / (1 - r)
+        change = weight * before + (b1 - weight) * (x0_hat - last_x0_hat)
+    return sigma_t / sigma_s * last_xt - alpha_t * phi * (last_x0_hat + change)
+
+
+SAMPLERS = {
+    "ddpm": ddpm,
+    "ddpm_large": ddpm_large,
+    "ddim": ddim,
+    "euler": euler,
+    "heun": heun,
+    "dpm++": dpm_solver_2m,
+    "dpm++sde": dpm_solver_2m_sde,
+    "unipc": dpm_solver_2m,
+}
+CORRECTORS = {"unipc": unic}
+STOCHASTIC = ("ddpm", "ddpm_large", "dpm++sde")
+CHURNABLE = ("euler", "heun")
+
+
+def churned(xt, log_snr, share, noise):
+    """(xt, log_snr) with sigma / alpha raised by `share`, by a step of the forward network. Karras
+    et al. 2022, algorithm 2, lines 4-6 (S_noise = 1)."""
+    noisier = log_snr - 2 * math.log1p(share)
+    mean, variance = transition(xt, log_snr, noisier)
+    return mean + variance.sqrt() * noise(), noisier
+
+
+def sample(denoise, xt, grid, sampler="ddim", noise=None, churn=0.0, project=None, **options):
     """Run the reverse process, yielding (log_snr, xt, x0_hat) after every step; the last xt is x0.
 
     denoise: (xt, log_snr (B,)) -> x0_hat. xt: the start, (B, *event), noise at grid[0]. grid:
-    rising levels that end at +inf (Schedule.grid). noise: step number -> N(0, I) like xt; needed by
-    the samplers that draw it. clip: the range that x0_hat is clipped to, or None. options: eta."""
-    step, last = functools.partial(SAMPLERS[sampler], **options), None
-    for i, (log_snr, next_log_snr) in enumerate(pairwise(grid)):
+    rising levels that end at +inf (Schedule.grid); where they fall, noise is added again. noise:
+    () -> N(0, I) like xt; needed by the samplers that draw it. churn: S_churn of Karras et al.
+    2022. project: (xs, log_snr) -> xs, done after every step. options: eta."""
+    step, corrector, history = SAMPLERS[sampler], CORRECTORS.get(sampler), []
+    share = min(churn / (len(grid) - 1), math.sqrt(2) - 1)
+    for log_snr, next_log_snr in itertools.pairwise(grid):
+        if next_log_snr < log_snr:
+            mean, variance = transition(xt, log_snr, next_log_snr)
+            xt, history = mean + variance.sqrt() * noise(), []
+            continue
+        if share and log_snr.isfinite():
+            xt, log_snr = churned(xt, log_snr, share, noise)
         x0_hat = denoise(xt, log_snr.to(xt).expand(len(xt)))
-        if clip is not None:
-            x0_hat = x0_hat.clamp(*clip)
-        fresh = functools.partial(noise, i) if noise else None
-        xt, last = step(x0_hat, xt, log_snr, next_log_snr, fresh, last), (x0_hat, log_snr)
+        if corrector and history:
+            xt = corrector(x0_hat, log_snr, history)
+        rest = {"noise": noise, "denoise": denoise, "history": history, **options}
+        xs = step(x0_hat, xt, log_snr, next_log_snr, **rest)
+        history = [*history[-1:], (log_snr, xt, x0_hat)]
+        xt = xs if project is None else project(xs, next_log_snr)
         yield next_log_snr, xt, x0_hat
-
-
-def options(model, sampler=None, steps=None, eta=None):
-    """The keyword arguments of `generate`, checked. sampler: None is DEFAULT_SAMPLER, or ddim when
-    eta is given. steps: None is DEFAULT_STEPS, or T if that is fewer.
-
-    Raises ValueError when they do not fit the model's schedule or each other."""
-    sampler = sampler or (DEFAULT_SAMPLER if eta is None else "ddim")
-    if steps is None:
-        steps = min(DEFAULT_STEPS, model.schedule.timesteps or DEFAULT_STEPS)
-    model.schedule.grid(steps)
-    if eta is None:
-        return {"sampler": sampler, "steps": steps}
-    if sampler != "ddim":
-        raise ValueError(f"--eta is for --sampler ddim; {sampler} has no such choice")
-    if not 0 <= eta <= 1:
-        raise ValueError(f"--eta {eta}: expected 0 to 1")
-    return {"sampler": sampler, "steps": steps, "eta": eta}
 
 
 def class_labels(model, indices, chosen=None):
@@ -118,19 +186,67 @@ def chosen_labels(model, classes, text):
     return [numbers[word] for word in words]
 
 
+def denoiser(
+    model,
+    label=None,
+    clip="static",
+    guidance=None,
+    guidance_interval=None,
+    guidance_rescale=0.0,
+    guide=None,
+):
+    """The model's `denoise`, (xt, log_snr (B,)) -> x0_hat, guided and clipped. guidance: None is
+    none; by `guide`, a weaker model, or else by the model itself without its label."""
+
+    def denoise(xt, log_snr):
+        return model.denoise(xt, log_snr, label)
+
+    if guidance is None:
+        return clipped(denoise, clip)
+
+    def weak(xt, log_snr):
+        return guide.denoise(xt, log_snr, label) if guide else model.denoise(xt, log_snr)
+
+    interval = guidance_interval or (-math.inf, math.inf)
+    return clipped(guided(denoise, weak, guidance, interval, guidance_rescale), clip)
+
+
 @torch.no_grad()
-def generate(model, indices, seed=0, label=None, sampler=DEFAULT_SAMPLER, steps=None, **rest):
+def generate(
+    model,
+    indices,
+    seed=0,
+    label=None,
+    *,
+    sampler="ddim",
+    steps=10,
+    spacing="trailing",
+    eta=0.0,
+    churn=0.0,
+    xt=None,
+    grid=None,
+    project=None,
+    **rest,
+):
     """The states, as `sample` yields them, of the samples numbered `indices` (B,): sample i is a
-    function of (seed, i) alone, whatever the batch. label: (B,) on the model's device, or None."""
+    function of (seed, i) alone, whatever the batch. label: (B,) on the model's device, or None. xt,
+    grid, project: as for `sample`, in place of pure noise, the schedule's grid, and nothing. rest:
+    of `denoiser`."""
     indices = indices.to(next(model.parameters()).device)
+    draws = itertools.count()
+    if xt is None:
+        xt = normal(seed, "start", 0, indices, model.event)
+    if grid is None:
+        grid = model.schedule.grid(steps, spacing)
     yield from sample(
-        lambda xt, log_snr: model.denoise(xt, log_snr, label),
-        normal(seed, "start", 0, indices, model.event),
-        model.schedule.grid(options(model, sampler, steps)["steps"]),
+        denoiser(model, label, **rest),
+        xt,
+        grid,
         sampler,
-        lambda i: normal(seed, "step", i, indices, model.event),
-        model.clip,
-        **rest,
+        lambda: normal(seed, "step", next(draws), indices, model.event),
+        churn,
+        project,
+        **({"eta": eta} if sampler == "ddim" else {}),
     )
 
 

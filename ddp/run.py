@@ -17,10 +17,14 @@ from ddp.checkpoint import (
     require,
     write,
 )
-from ddp.config import Config, merged
+from ddp.config import Config, Sampling, merged
 from ddp.data import full_name, to_pixels
+from ddp.forward import uniform
+from ddp.likelihood import NOISIEST
+from ddp.loss import WEIGHTINGS
 from ddp.reverse import class_labels, final, generate
 
+LEAK = 1e-3  # terminal SNR above which the data shows through the noise from which sampling starts
 CHECK_EVERY = 20  # steps between two looks at the losses on a GPU, where each look waits for it
 COLUMNS = ("step", "epoch", "loss", "grad_norm", "lr", "test_loss")
 GRID, POINTS = 64, 2000  # samples in the picture that is written as a run goes
@@ -113,6 +117,41 @@ def folder(settings, given, source=None, state=None):
     return own
 
 
+def rehearse(trainer, folder):
+    """One step, and what to know before the others: the ends of the schedule, how much each noise
+    level counts, memory. Returns lines of text; the curves are drawn beside `folder`."""
+    schedule, config = trainer.model.schedule, trainer.config
+    memory = trainer.memory()
+    clean, noisy = (schedule.log_snr(t).item() for t in (0.0, 1.0))
+    shown = f"{math.exp(noisy):.2g} at the end (log-SNR {noisy:.2f})"
+    lines = [f"schedule: {schedule.name}, SNR {math.exp(clean):.3g} at the start, {shown}"]
+    if math.exp(noisy) > LEAK:
+        lines.append(
+            f"warning: the last level is not noise alone, {math.exp(noisy / 2):.1%} of the data "
+            "shows through, but sampling starts from noise; try --zero_terminal_snr or --shift 2"
+        )
+    u = uniform(0, "test", 0, torch.arange(1 << 16))
+    levels, weight = schedule.levels(u, config.weighting == "bound")
+    levels = levels.detach().double().cpu().clamp_min(NOISIEST)
+    # of |v_hat - v|², which is of one size at all levels: it is 1 + SNR times |x0_hat - x0|²
+    weight = weight.detach().cpu() * WEIGHTINGS[config.weighting](levels) / (1 + levels.exp())
+    edges = torch.linspace(levels.min() - 1e-6, levels.max() + 1e-6, 13, dtype=torch.float64)
+    which = torch.bucketize(levels, edges[1:-1])
+    counts = torch.bincount(which, weights=weight, minlength=12)
+    share = torch.bincount(which, minlength=12) / len(levels)
+    columns = (edges[1:] + edges[:-1]) / 2, share, counts / counts.max()
+    rows = list(zip(*(column.tolist() for column in columns), strict=True))
+    lines += ["log-SNR  levels drawn  effective weight of |v_hat - v|², at most 1"]
+    lines += [f"{level:7.2f} {s:12.1%}  {c:9.4f} {'#' * round(30 * c)}" for level, s, c in rows]
+    parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in memory.items())
+    lines.append(f"memory: {sum(memory.values()) / 1e6:,.0f} MB: {parts}")
+    t = torch.linspace(0, 1, 201)
+    curve = schedule.log_snr(t).detach().cpu().clamp_min(NOISIEST)
+    picture = figures.image_of(figures.schedule(t.tolist(), curve.tolist(), rows))
+    path = folder.with_name(f"{folder.name}-dry_run.png").resolve()
+    return [*lines, f"one step went well; wrote {replace(path, picture.save)}, and nothing else"]
+
+
 class Run:
     """The folder of one run: log.csv, last.pth, best.pth, step_*.pth, model.pth, samples/,
     loss.png.
@@ -199,9 +238,10 @@ class Run:
         model = trainer.average()
         indices = torch.arange(GRID if model.is_image else POINTS)
         labels = class_labels(model, indices)
-        states = generate(model, indices, trainer.config.seed, labels)
+        options = Sampling().options(model)
+        states = generate(model, indices, trainer.config.seed, labels, **options)
         items = to_pixels(final(states)).cpu()
-        picture = figures.overview(items, trainer.dataset.test)
+        picture = figures.overview(items, None if model.is_image else trainer.dataset.test)
         curve = figures.image_of(figures.loss_curve(read_log(self.folder)))
         paths = (
             replace(self.folder / "samples" / f"step_{trainer.step:08d}.png", picture.save),

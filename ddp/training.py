@@ -10,6 +10,7 @@ from ddp.checkpoint import FORMAT, provenance
 from ddp.config import LR_SCHEDULES
 from ddp.data import to_float
 from ddp.forward import diffuse, draw_seed, normal, uniform
+from ddp.likelihood import prior_term, reconstruction_term
 from ddp.loss import denoising
 from ddp.model import DiffusionModel
 from ddp.network import Block
@@ -19,6 +20,8 @@ STATISTICS_ITEMS = {True: 512, False: 8192}  # is_image: a picture has many posi
 # Muon's step in units of --lr. A normalisation cancels the scale of the weights before it, so only
 # the step relative to their size counts (van Laarhoven 2017). Measured: docs/training.md.
 MUON_LR = 320.0
+SCHEDULE_LR = 30.0  # a learned schedule's step in units of --lr: its ends are tens of nats apart
+ENDS_ITEMS = 64  # of a batch, on which the ends of a learned schedule are trained
 TEST_ITEMS, TEST_BATCH = 2000, 500
 
 
@@ -50,9 +53,16 @@ class Trainer:
         hidden = [w for b in blocks for w in b.normalised_weights()]
         self.matrices = [] if config.optimizer == "adamw" else [(w, as_matrix(w)) for w in hidden]
         taken = {id(weight) for weight, _ in self.matrices}
+        plain = [p for p in self.model.network.parameters() if id(p) not in taken]
+        groups, self.scales = [{"params": plain}], [1.0, MUON_LR]
+        if list(self.model.schedule.parameters()):
+            groups.append({"params": list(self.model.schedule.parameters()), "weight_decay": 0.0})
+            self.scales.insert(1, SCHEDULE_LR)
+        if config.levels == "importance":  # one memory of the losses for both
+            self.ema.schedule.squares = self.model.schedule.squares
         self.optimizers = [
             torch.optim.AdamW(
-                [p for p in self.model.parameters() if id(p) not in taken],
+                groups,
                 betas=(0.9, 0.99),
                 weight_decay=config.weight_decay,
                 fused=self.device.type in ("cpu", "cuda"),
@@ -73,14 +83,23 @@ class Trainer:
 
     def loss(self, model, x0, label, step, stream):
         """The loss of each item, (B,), at levels and with noise keyed by (seed, stream, step)."""
-        config = self.config
-        x0, indices = x0.to(self.device), torch.arange(len(x0))
-        log_snr = model.schedule.levels(uniform(config.seed, stream, step, indices)).to(self.device)
-        eps = normal(config.seed, stream, step, indices.to(self.device), model.event)
+        log_snr, weight = self.levels(model, len(x0), step, stream)
+        return weight * self.unweighted(model, x0, label, log_snr, step, stream)
+
+    def levels(self, model, count, step, stream):
+        """log_snr and weight, each (count,), keyed by (seed, stream, step); see Schedule.levels."""
+        u = uniform(self.config.seed, stream, step, torch.arange(count))
+        log_snr, weight = model.schedule.levels(u, self.config.weighting == "bound")
+        return log_snr.to(self.device), weight.to(self.device)
+
+    def unweighted(self, model, x0, label, log_snr, step, stream):
+        """The loss of each item, (B,), at log_snr (B,), before the weight of its level is drawn."""
+        x0, indices = x0.to(self.device), torch.arange(len(x0), device=self.device)
+        eps = normal(self.config.seed, stream, step, indices, model.event)
         xt = diffuse(x0, log_snr, eps)
         with self.autocast():
             x0_hat = model.denoise(xt, log_snr, label.to(self.device) if model.classes else None)
-        return denoising(x0_hat, x0, log_snr, config.weighting, config.loss)
+        return denoising(x0_hat, x0, log_snr, self.config.weighting, self.config.loss)
 
     def training_batch(self, step, size, copies=1):
         """x0 and label of `size` items, each `copies` times, to be noised each time anew; some
@@ -99,25 +118,22 @@ class Trainer:
         config = self.config
         warm = min(1.0, (self.step + 1) / (config.warmup + 1))
         lr = config.lr * warm * LR_SCHEDULES[config.lr_schedule](progress)
-        for optimizer, scale in zip(self.optimizers, (1.0, MUON_LR), strict=False):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * scale
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, scale in zip(groups, self.scales, strict=False):
+            group["lr"] = lr * scale
         self.model.train()
         total = 0.0
         for i in range(config.grad_accumulation):
             batch = self.step * config.grad_accumulation + i
             torch.manual_seed(draw_seed(config.seed, batch))  # dropout is positional, too
             x0, label = self.training_batch(batch, config.batch_size, config.noise_draws)
-            loss = self.loss(self.model, x0, label, batch, "train").mean()
-            loss = loss / config.grad_accumulation
-            self.scaler.scale(loss).backward()
-            total = total + loss.detach()
+            total = total + self.backward(x0, label, batch) / config.grad_accumulation
         for weight, matrix in self.matrices:
             matrix.grad = as_matrix(weight.grad)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = config.grad_clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = nn.utils.clip_grad_norm_(self.model.network.parameters(), limit)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
@@ -128,6 +144,71 @@ class Trainer:
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
         items = self.step * config.grad_accumulation * config.batch_size
         return items / len(self.dataset.train), total, norm, lr
+
+    def backward(self, x0, label, batch):
+        """Add the gradients of one batch -> its mean loss, 0-d."""
+        schedule, share = self.model.schedule, 1 / (len(x0) * self.config.grad_accumulation)
+        log_snr, weight = self.levels(self.model, len(x0), batch, "train")
+        drawn = log_snr.detach().requires_grad_(schedule.network is not None)
+        items = self.unweighted(self.model, x0, label, drawn, batch, "train")
+        loss = (weight.detach() * items).sum()
+        self.scaler.scale(loss * share).backward()
+        items, slope = items.detach(), drawn.grad
+        if schedule.sampling == "importance":
+            schedule.observe(log_snr, weight * items)
+        if schedule.network is None:
+            return loss.detach() / len(x0)
+        # What lies between its ends does not change the mean of the bound's estimate, only its
+        # square, and is trained to lower that; the ends are trained on the bound itself. Kingma et
+        # al. 2021, section 5.1 and appendix I.2.
+        inner = [p for p in schedule.parameters() if p is not schedule.network.ends]
+        ways = [slope, self.scaler.scale(items * share)]
+        twice = [2 * weight.detach() * items * way for way in ways]
+        torch.autograd.backward([log_snr, weight], twice, inputs=inner, retain_graph=True)
+        rest = self.scaler.scale(self.ends_loss(x0[:ENDS_ITEMS].to(self.device), batch))
+        torch.autograd.backward(
+            [log_snr, weight, rest / self.config.grad_accumulation],
+            [*ways, None],
+            inputs=[schedule.network.ends],
+        )
+        return loss.detach() / len(x0)
+
+    def ends_loss(self, x0, step):
+        """The bound's prior and reconstruction terms, nats a dimension, 0-d; the latter of xt /
+        alpha, as in Kingma et al. 2021, so that it costs no network evaluation."""
+        schedule, size = self.model.schedule, x0[0].numel()
+        clean, noisy = (schedule.log_snr(t).float() for t in (0.0, 1.0))
+        indices = torch.arange(len(x0), device=self.device)
+        eps = normal(self.config.seed, "label", step, indices, self.model.event)
+        x0_hat = x0 + torch.exp(-0.5 * clean) * eps
+        clean = clean.expand(len(x0))
+        terms = reconstruction_term(x0, x0_hat, clean, self.dataset.is_image)
+        return (terms + prior_term(x0, noisy)).mean() / size
+
+    def memory(self):
+        """Bytes that training takes, by what they are for, a dict; measured in a step, which is
+        done."""
+        saved = {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.train_step(0.0)
+        weights = [p.untyped_storage() for p in self.model.parameters()]
+        states = [s for optimizer in self.optimizers for s in optimizer.state.values()]
+        moments = [v for s in states for v in s.values() if torch.is_tensor(v)]
+        size = sum(w.nbytes() for w in weights)
+        activations = sum(saved.values()) - sum(saved.get(w.data_ptr(), 0) for w in weights)
+        return {
+            "weights": size,
+            "their average": size,
+            "gradients": size,
+            "optimiser": sum(m.nbytes for m in moments),
+            "activations": activations,
+        }
 
     @torch.no_grad()
     def average(self):

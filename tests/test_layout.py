@@ -8,9 +8,9 @@ from conftest import ROOT
 
 # in the order in which a newcomer reads it; a module imports only modules above it
 ORDER = [
-    *("schedule", "forward", "network", "model", "loss", "reverse", "likelihood", "quality"),
-    *("pictures", "data", "config", "device", "checkpoint", "training", "figures"),
-    *("evaluation", "output", "run"),
+    *("schedule", "forward", "network", "model", "loss", "guidance", "reverse", "likelihood"),
+    *("quality", "pictures", "data", "editing", "config", "device", "checkpoint", "training"),
+    *("figures", "evaluation", "output", "run"),
 ]
 
 

@@ -13,9 +13,11 @@ from ddp.schedule import Schedule
 class Gaussian:
     """A model that knows its data: independent N(mean, sd²), with the exact denoiser."""
 
-    def __init__(self, mean, sd, event, timesteps=1000, schedule="cosine", clip=None):
-        self.mean, self.sd, self.event, self.clip = mean, sd, event, clip
-        self.schedule = Schedule(schedule, timesteps)
+    is_image = False
+
+    def __init__(self, mean, sd, event, timesteps=1000, schedule="cosine", **rest):
+        self.mean, self.sd, self.event = mean, sd, event
+        self.schedule = Schedule(schedule, timesteps, **rest)
 
     def denoise(self, xt, log_snr, label=None):
         alpha, sigma = alpha_sigma(log_snr, xt)

@@ -435,9 +435,15 @@ def test_a_missing_or_empty_place(tmp_path):
     refused(tmp_path, "no picture could be read: it holds no .png")
     (tmp_path / "notes.txt").touch()
     refused(tmp_path, "ignored 1 files")
-    refused(tmp_path / "notes.txt", "neither a folder nor a .zip")
+    refused(tmp_path / "notes.txt", "ignored 1 files")
     refused(tmp_path / "none", "none is neither")
     refused(tmp_path / "none.zip", "none.zip")
+
+
+def test_a_single_picture(tmp_path):
+    save(tmp_path / "a.png", noise(8, 8))
+    read = pictures.read(tmp_path / "a.png", (4, 6), 3)
+    assert read.items.shape == (1, 3, 4, 6)
 
 
 # ---- .zip ----

@@ -1,0 +1,270 @@
+"""Samples that begin with what the user gives: pictures or points to reconstruct, to vary, to fill
+in.
+
+Each edit of a batch is a change of how ddp.reverse.generate runs: another start `xt`, other levels
+`grid`, or a `project` after every step.
+"""
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ddp import pictures
+from ddp.data import to_float, to_pixels
+from ddp.forward import diffuse, normal, uniform
+from ddp.reverse import class_labels, ddim, denoiser, final
+
+FRAMES = 8  # of an interpolation, from one end to the other
+
+
+def load(path, event, names=("images", "points")):
+    """(items, what to tell about them): x0 (N, *event) from a picture, a folder or .zip of
+    pictures, or an .npy or .npz: uint8 (N, H, W[, C]), or numbers (N, *event) in the units of x0.
+    names: of the array in an .npz that holds several.
+
+    Raises OSError when it cannot be read, ValueError when it does not fit."""
+    path = Path(path)
+    if path.suffix.lower() not in (".npy", ".npz"):
+        if len(event) != 3:
+            raise ValueError(
+                f"{path}: points are given as an .npy or .npz of shape (N, {event[0]})"
+            )
+        read = pictures.read(path, tuple(event[1:]), event[0])
+        return to_float(read.items), read.found
+    try:
+        array = np.load(path)  # no pickles
+        if not isinstance(array, np.ndarray):
+            array = array[next((name for name in names if name in array.files), array.files[0])]
+    except (ValueError, EOFError, IndexError, OSError) as error:
+        raise OSError(f"{path} cannot be read as arrays of numbers: {error}") from None
+    if array.dtype == np.uint8 and len(event) == 3:
+        pixels = array[..., None] if array.ndim == 3 else array
+        x0 = to_float(torch.from_numpy(np.moveaxis(pixels, -1, 1).copy()))
+    elif array.dtype.kind in "fiub":
+        x0 = torch.from_numpy(array.astype(np.float32))
+    else:
+        raise ValueError(f"{path} holds {array.dtype}; expected numbers")
+    if tuple(x0.shape[1:]) != tuple(event) or not len(x0) or not x0.isfinite().all():
+        raise ValueError(
+            f"{path} holds {array.dtype} {array.shape}; expected finite items of shape {event}, or "
+            "uint8 pictures (N, H, W, C)"
+        )
+    return x0, [f"{len(x0)} items in {path}"]
+
+
+def load_mask(path, event):
+    """The part to fill in, bool (N, *event) or one that is spread over it: where a picture is
+    light, or an array is not zero."""
+    if Path(path).suffix.lower() in (".npy", ".npz"):
+        try:
+            array = np.load(path)
+            array = array if isinstance(array, np.ndarray) else array[array.files[0]]
+            mask = torch.from_numpy(array.astype(bool))
+        except (ValueError, EOFError, IndexError, OSError) as error:
+            raise OSError(f"{path} cannot be read as arrays of numbers: {error}") from None
+        mask = mask[None] if mask.ndim < len(event) else mask
+        if len(event) == 3:
+            mask = mask[:, None] if mask.ndim == 3 else mask.movedim(-1, 1)
+    else:
+        mask = load(path, (1, *event[1:]))[0] > 0
+    try:
+        torch.broadcast_shapes(mask.shape[1:], event)
+    except RuntimeError:
+        raise ValueError(
+            f"--mask {path}: {tuple(mask.shape)} does not fit items of {event}"
+        ) from None
+    if not mask.any() or mask.all():
+        raise ValueError(
+            f"--mask {path}: expected some of it light, to be filled in, and some dark"
+        )
+    return mask
+
+
+def inverted(denoise, x0, model, grid):
+    """The noise from which ddim comes to x0, and the levels between: ddim's step, backwards. Song
+    et al. 2021, section 4.3. x0 is taken to stand at the schedule's cleanest level.
+
+    Returns (xT, levels): xT (B, *event), levels rising from grid[0] to that level."""
+    clean = model.schedule.log_snr(0.0).detach().cpu()
+    levels = torch.cat([grid[grid < clean], clean[None]])
+    xt = x0
+    for log_snr, next_log_snr in itertools.pairwise(levels.flip(0)):
+        x0_hat = denoise(xt, log_snr.to(xt).expand(len(xt)))
+        xt = ddim(x0_hat, xt, log_snr, next_log_snr)
+    return xt, levels
+
+
+def slerp(a, b, share):
+    """From a to b, (B, *event), along the great circle: share (B,) of the way. In many dimensions
+    noise lies on a sphere, and the straight line would leave it (Song et al. 2021, appendix
+    D.5)."""
+    flat_a, flat_b = a.flatten(1), b.flatten(1)
+    angle = torch.acos(torch.cosine_similarity(flat_a, flat_b).clamp(-1 + 1e-6, 1 - 1e-6))[:, None]
+    share = share.to(a)[:, None]
+    path = torch.sin((1 - share) * angle) * flat_a + torch.sin(share * angle) * flat_b
+    return (path / torch.sin(angle)).reshape(a.shape)
+
+
+def image_to_image(x0, grid, strength, seed, indices):
+    """Noised to the level at `strength` of the way, then denoised. Meng et al. 2022, algorithm
+    1."""
+    grid = grid[-(max(1, round(strength * (len(grid) - 1))) + 1) :]
+    eps = normal(seed, "start", 0, indices, x0.shape[1:])
+    return {"xt": diffuse(x0, grid[0], eps), "grid": grid}
+
+
+def inpaint(x0, mask, grid, jump, resample, seed, indices):
+    """What `mask` does not cover is put back after every step, noised to its level; every `jump`
+    steps the last of them are undone and done again, `resample` times in all. Lugmayr et al. 2022,
+    algorithm 1."""
+    path, draws = [*grid[:1]], itertools.count(1)
+    for i in range(1, len(grid)):
+        path.append(grid[i])
+        if i % jump == 0 and i < len(grid) - 1:
+            path += [*grid[i - jump : i + 1]] * (resample - 1)
+
+    def project(xs, log_snr):
+        eps = normal(seed, "start", next(draws), indices, x0.shape[1:])
+        return torch.where(mask, xs, diffuse(x0, log_snr, eps))
+
+    return {"grid": torch.stack(path), "project": project}
+
+
+@contextlib.contextmanager
+def dropout(model, seed, indices, number):
+    """Dropout as in training, in a model that is in eval mode: pass `number` of the Monte Carlo
+    dropout of Gal & Ghahramani 2016. Masks are keyed by (seed, pass, call, index of the item)."""
+    calls = itertools.count(number << 16)
+
+    def drop(module, args, _):
+        (x,) = args
+        u = uniform(seed, "step", next(calls), indices.to(x.device), x.shape[1:])
+        return x * (u >= module.p) / (1 - module.p)
+
+    modules = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
+    if not modules:
+        raise ValueError("--mc_dropout needs a model that was trained with --dropout; this was not")
+    handles = [module.register_forward_hook(drop) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Edit:
+    """What generate.py is asked to do with each batch: `args` are its flags, `options` those of
+    ddp.reverse.generate.
+
+    given: x0 (M, *event) of the user, or None; sample i is made from item i mod M. count: samples
+    when their number is left open. found: what to tell of the items. shown: how figures.overview
+    shows them."""
+
+    def __init__(self, model, args, options):
+        self.model, self.args, self.options = model, args, options
+        self.squares, self.start, self.shown = [], None, {}
+        path = args.image or args.inpaint or args.reconstruct or args.interpolate
+        self.given, self.found = load(path, model.event) if path else (None, [])
+        self.noise = load(args.noise, model.event, ["noise"])[0] if args.noise else None
+        self.mask = load_mask(args.mask, model.event) if args.mask else None
+        items = self.noise if self.given is None else self.given
+        self.count = 64 if items is None else len(items)
+        if args.interpolate is not None:
+            self.shown = {"columns": FRAMES}
+            self.count = 64 if items is None else FRAMES * (self.count - 1)
+            if not self.count:
+                raise ValueError("--interpolate: one item has no other to go to; give two or more")
+        titles = {"image": "varied", "inpaint": "filled in", "reconstruct": "reconstructed"}
+        for name, title in titles.items():
+            if getattr(args, name):
+                self.shown = {"titles": (title, "given")}
+        if args.mc_dropout:
+            self.shown = {"titles": (f"mean of {args.mc_dropout}", "spread: white is 0.5 or more")}
+        if (args.reconstruct or args.interpolate) and args.steps is None:
+            options["steps"] = min(100, model.schedule.timesteps or 100)
+
+    def label(self, indices, chosen):
+        """Labels (B,) or None: `chosen` ones or all, in turn; none for items that are the user's,
+        of which only the user knows them."""
+        if self.given is not None and chosen is None and self.model.classes:
+            if not self.model.drops_label:
+                raise ValueError(
+                    "give --label: this model was never trained without (label_dropout)"
+                )
+            return None
+        if self.args.interpolate is not None:
+            indices = indices // FRAMES
+        return class_labels(self.model, indices, chosen)
+
+    def changes(self, indices, label):
+        """The keyword arguments that make `generate` do the edit for samples `indices` (B,)."""
+        args, event, device = self.args, self.model.event, indices.device
+        grid = self.model.schedule.grid(self.options["steps"], self.options["spacing"])
+        if args.noise:
+            return {"xt": self.noise[indices.cpu() % len(self.noise)].to(device)}
+        if args.interpolate is not None:
+            row, share = indices // FRAMES, (indices % FRAMES) / (FRAMES - 1)
+            if self.given is None:
+                ends = [normal(args.seed, "start", 0, 2 * row + k, event) for k in (0, 1)]
+                return {"xt": slerp(*ends, share)}
+            ends = [self.inverted(row + k, label, grid) for k in (0, 1)]
+            return {"xt": slerp(ends[0][0], ends[1][0], share), "grid": ends[0][1]}
+        if self.given is None:
+            return {}
+        x0 = self.given[indices.cpu() % len(self.given)].to(device)
+        if args.reconstruct:
+            self.start, levels = self.inverted(indices, label, grid)
+            return {"xt": self.start, "grid": levels}
+        if args.image:
+            strength = 0.5 if args.strength is None else args.strength
+            return image_to_image(x0, grid, strength, args.seed, indices)
+        mask = self.mask[indices.cpu() % len(self.mask)].to(device)
+        again = {"jump": args.jump or 10, "resample": args.resample or 5}
+        return inpaint(x0, mask, grid, **again, seed=args.seed, indices=indices)
+
+    @torch.no_grad()
+    def inverted(self, indices, label, grid):
+        """(xT, levels) of the given items `indices` (B,), each inverted once."""
+        which, back = (indices.cpu() % len(self.given)).unique(return_inverse=True)
+        first = torch.stack([(back == k).nonzero()[0, 0] for k in range(len(which))])
+        names = ("guidance", "guidance_interval", "guidance_rescale", "guide", "clip")
+        options = {name: self.options[name] for name in names}
+        label = None if label is None else label[first.to(label.device)]
+        x0 = self.given[which].to(indices.device)
+        xt, levels = inverted(denoiser(self.model, label, **options), x0, self.model, grid)
+        return xt[back.to(xt.device)], levels
+
+    def finish(self, indices, states):
+        """(x0, what to show beside it, arrays to keep) of samples `indices` (B,), run by
+        `states`."""
+        if self.args.mc_dropout:
+            passes = []
+            for k in range(self.args.mc_dropout):
+                with dropout(self.model, self.args.seed, indices, k):
+                    passes.append(final(states(indices)))
+            spread, mean = torch.std_mean(torch.stack(passes), dim=0)
+            shown = to_pixels(4 * spread - 1).cpu() if self.model.is_image else None
+            return mean, shown, {"std": spread}
+        x0, kept = final(states(indices)), {}
+        if self.given is None or self.args.interpolate:
+            return x0, None, kept
+        given = self.given[indices % len(self.given)].to(x0.device)
+        if self.args.reconstruct:
+            self.squares.append(((x0 - given) ** 2).flatten(1).mean(dim=1).cpu())
+            kept = {"noise": self.start}
+        if self.args.inpaint:
+            given = given.where(~self.mask[indices % len(self.mask)].to(given.device), 0.0)
+        return x0, to_pixels(given).cpu(), kept
+
+    def report(self):
+        """What to tell when all is done, a list of lines."""
+        if not self.squares:
+            return []
+        error = torch.cat(self.squares).sqrt()
+        return [
+            f"root mean square error {error.mean():.4f}, at most {error.max():.4f}, in units of x0"
+        ]
