@@ -1,0 +1,109 @@
+"""Every sampler at every number of network evaluations: quality, evaluations, seconds.
+
+python benchmarks/samplers.py --checkpoint checkpoints/digits.pth
+
+Quality is the distance of samples to the test split over its floor, the distance of as many
+training items (ddp/evaluation.py), as mean ± standard error over seeds; every sampler starts from
+the same noise. Prints a table and writes it to JSON, with a figure."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from ddp import data, device, evaluation
+from ddp.checkpoint import load_model
+from ddp.config import Sampling
+from ddp.reverse import SAMPLERS
+from ddp.schedule import SPACINGS
+
+
+def recipes(evaluations, spacings):
+    """(recipe, network evaluations): each sampler at each budget, which buys heun half the
+    steps."""
+    for sampler in SAMPLERS:
+        etas = (0.0, 0.5, 1.0) if sampler == "ddim" else (None,)
+        for eta in etas:
+            for spacing in spacings:
+                for budget in evaluations:
+                    steps = (budget + 1) // 2 if sampler == "heun" else budget
+                    used = 2 * steps - 1 if sampler == "heun" else steps
+                    yield Sampling(sampler=sampler, steps=steps, spacing=spacing, eta=eta), used
+    yield Sampling(sampler="ddpm", steps=1000, spacing="trailing"), 1000
+
+
+def name_of(options):
+    return options["sampler"] + (f" eta {options['eta']:g}" if options["eta"] else "")
+
+
+def measure(model, dataset, recipe, used, args):
+    """One row of the table."""
+    options, values, seconds = recipe.options(model), [], 0.0
+    count = min(args.samples, len(dataset.test))
+    for seed in range(args.seeds):
+        started = time.monotonic()
+        drawn = evaluation.samples(model, count, count, seed, options, iter)
+        seconds += time.monotonic() - started
+        values.append(evaluation.distance(dataset, drawn)["ratio"])
+    return {
+        "sampler": name_of(options),
+        "spacing": options["spacing"],
+        "evaluations": used,
+        "ratio": evaluation.figure(torch.tensor(values)),
+        "seconds": seconds / args.seeds,
+        "samples": count,
+    }
+
+
+def draw(rows):
+    """Quality against evaluations, the best spacing of each sampler."""
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    for sampler in dict.fromkeys(row["sampler"] for row in rows):
+        best = {}
+        for row in (r for r in rows if r["sampler"] == sampler):
+            n = row["evaluations"]
+            best[n] = min(best.get(n, row["ratio"]["mean"]), row["ratio"]["mean"])
+        axes.plot(sorted(best), [best[n] for n in sorted(best)], "o-", label=sampler)
+    axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="distance / floor")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", required=True)
+    parser.add_argument("--data_dir", help="where the dataset lies, if it has moved")
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 20, 50, 100])
+    parser.add_argument("--spacings", nargs="+", choices=SPACINGS, default=list(SPACINGS))
+    parser.add_argument("--samples", type=int, default=2000, help="at most as many as test items")
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--out", default="samplers.json")
+    args = parser.parse_args()
+    model, config, _ = load_model(args.checkpoint, device=device.pick_device("auto"))
+    source = config.data() | ({"data_dir": args.data_dir} if args.data_dir else {})
+    dataset, rows = data.load(**source), []
+    print(
+        f"{'sampler':<14} {'spacing':<9} {'evaluations':>11} {'distance/floor':>16} {'seconds':>8}"
+    )
+    for recipe, used in tqdm(list(recipes(args.evaluations, args.spacings)), disable=None):
+        if model.schedule.timesteps and recipe.steps > model.schedule.timesteps:
+            continue
+        rows.append(row := measure(model, dataset, recipe, used, args))
+        tqdm.write(
+            f"{row['sampler']:<14} {row['spacing']:<9} {used:11d} {row['ratio']['mean']:9.3f} ± "
+            f"{row['ratio']['se']:.3f} {row['seconds']:8.2f}"
+        )
+        Path(args.out).write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
+    draw(rows).savefig(Path(args.out).with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
