@@ -204,7 +204,7 @@ class Config:
 
 # sampler -> steps and spacing of the levels. Measured: docs/sampling.md.
 SUITED = dict.fromkeys(STOCHASTIC, (100, "trailing")) | {"heun": (10, "karras")}
-DEFAULT_SAMPLER, DEFAULT = "dpm++", (20, "trailing")
+DEFAULT_SAMPLER, DEFAULT = "unipc", (20, "trailing")
 
 
 @dataclasses.dataclass

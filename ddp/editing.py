@@ -66,7 +66,7 @@ def load_mask(path, event):
             mask = torch.from_numpy(array.astype(bool))
         except (ValueError, EOFError, IndexError, OSError) as error:
             raise OSError(f"{path} cannot be read as arrays of numbers: {error}") from None
-        mask = mask[None] if mask.ndim < len(event) else mask
+        mask = mask[None] if mask.ndim < max(len(event), 2) else mask
         if len(event) == 3:
             mask = mask[:, None] if mask.ndim == 3 else mask.movedim(-1, 1)
     else:

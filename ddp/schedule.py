@@ -96,22 +96,24 @@ def zero_terminal(log_snr, clean, noisy):
 class Monotone(nn.Module):
     """The `learned` schedule: a monotone network t -> log_snr with trained end points.
 
-    It falls from ends[0] to ends[1] by a sum of a line and rising sigmoids, all of positive weight.
-    Kingma et al. 2021, appendix H."""
+    It falls from ends[0] to ends[1] as a layer of sigmoids rises, each of which stands at its place
+    in t and whose weights are positive. Kingma et al. 2021, appendix H, train the places, too; left
+    where they are, training is stable at a hundred times the learning rate."""
 
     def __init__(self, units=32):
         super().__init__()
         self.ends = nn.Parameter(torch.tensor([13.0, -9.0]))
-        self.weight = nn.Parameter(torch.full((units,), -6.0))  # a line at first
-        self.centre = nn.Parameter((torch.arange(units) + 0.5) / units)
-        self.steepness = nn.Parameter(torch.full((units,), math.log(units)))
+        self.weight = nn.Parameter(torch.zeros(units + 2))  # a line, but for its smallest waves
+        self.units = units
 
     def forward(self, t):
-        def rise(t):
-            ramps = torch.sigmoid(self.steepness.exp() * (t[..., None] - self.centre))
-            return t + (F.softplus(self.weight) * ramps).sum(dim=-1)
+        places = torch.arange(self.units + 2, device=t.device) - 0.5
 
-        low, high = rise(torch.zeros_like(t)), rise(torch.ones_like(t))
+        def rise(t):
+            return torch.sigmoid(2 * (t[..., None] * self.units - places)) @ share
+
+        share = torch.softmax(self.weight, dim=0).to(t.dtype)
+        low, high = rise(t.new_zeros(1)), rise(t.new_ones(1))
         return self.ends[0] + (self.ends[1] - self.ends[0]) * (rise(t) - low) / (high - low)
 
 

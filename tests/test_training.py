@@ -8,6 +8,7 @@ from torch import nn
 
 from ddp import data
 from ddp.config import Config
+from ddp.forward import alpha_sigma
 from ddp.training import Trainer
 
 TINY = {"width": 8, "depth": 1, "batch_size": 16, "warmup": 2}
@@ -44,6 +45,11 @@ def tensors(state):
         {"norm": "group", "predict": "eps", "weighting": "snr", "loss": "huber"},
         {"timesteps": 0, "schedule": "sigmoid", "attention": [4], "lr_schedule": "constant"},
         {"dataset": "moons", "dropout": 0.1},
+        {"schedule": "learned", "grad_accumulation": 2},
+        {"levels": "importance"},
+        {"levels": "log_normal", "schedule": "karras", "weighting": "edm"},
+        {"predict": "flow", "schedule": "flow", "shift": 2.0, "levels": "uniform"},
+        {"zero_terminal_snr": True, "weighting": "truncated_snr"},
     ],
 )
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -216,3 +222,103 @@ def test_noisy_copies_are_of_the_same_items_at_other_levels():
     assert torch.equal(x0[:16], one)
     loss = trainer.loss(trainer.model, x0, label, 3, "train")
     assert not torch.isclose(loss[:16], loss[16:]).any()
+
+
+# A trainer whose network is the exact denoiser of Gaussian data, so that every mean is known.
+
+MEAN, SD = 0.3, 0.5
+
+
+def gaussian_trainer(**flags):
+    trainer = trainer_for("moons", optimizer="adamw", weighting="bound", **flags)
+
+    def denoise(xt, log_snr, label=None):
+        alpha, sigma = alpha_sigma(log_snr, xt)
+        gain = alpha * SD**2 / (alpha**2 * SD**2 + sigma**2)
+        return MEAN + gain * (xt - alpha * MEAN)
+
+    trainer.model.denoise = denoise
+    return trainer
+
+
+def points(count, seed=0):
+    return MEAN + SD * torch.randn(count, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def rate(log_snr):
+    """The bound's integrand in log_snr, nats a dimension: SNR / 2 E |x0 - x0_hat|²."""
+    snr = torch.exp(torch.as_tensor(log_snr, dtype=torch.float64))
+    return 0.5 * snr * SD**2 / (1 + snr * SD**2)
+
+
+@pytest.mark.parametrize("levels", ["stratified", "uniform", "importance"])
+@pytest.mark.parametrize("flags", [{"timesteps": 20}, {"timesteps": 0}, {"schedule": "learned"}])
+def test_the_loss_with_weighting_bound_is_the_bound(flags, levels):
+    """Its diffusion term, and of a discrete process the first step, too."""
+    if "schedule" in flags:
+        levels = "stratified"
+    trainer = gaussian_trainer(levels=levels, **flags)
+    schedule = trainer.model.schedule
+    with torch.no_grad():
+        losses = trainer.loss(trainer.model, points(100_000), None, 0, "test")
+    if schedule.table is None:
+        t = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+        exact = (rate(schedule.log_snr(t)) * schedule.slope(t)).mean()
+    else:
+        snr = schedule.table.exp()
+        least = 2 * rate(schedule.table) / snr
+        exact = 0.5 * ((snr[:-1] - snr[1:]) * least[1:]).sum() + 0.5 * snr[0] * least[0]
+    error = losses.std() / len(losses) ** 0.5
+    assert abs(losses.mean() - exact) < 4 * error
+    assert error < 0.05 * exact
+
+
+def test_the_ends_of_a_learned_schedule_follow_the_bound():
+    """The gradient by hand: d prior / d noisy - rate(noisy), and rate(clean) - 1 / 2, which is what
+    a wider Gaussian about xt / alpha costs."""
+    trainer = gaussian_trainer(schedule="learned")
+    ends = trainer.model.schedule.network.ends
+    with torch.no_grad():
+        ends.copy_(torch.tensor([2.0, -2.0]))
+    gradients = []
+    for step in range(60):
+        ends.grad = None
+        trainer.backward(points(2000, step), None, step)
+        gradients.append(ends.grad.clone())
+    gradients = torch.stack(gradients)
+    error = gradients.std(dim=0) / len(gradients) ** 0.5
+    alpha2 = torch.sigmoid(torch.tensor(-2.0))
+    # prior = (alpha² E x0² + sigma² - 1 - log sigma²) / 2, and d alpha² / d log_snr = alpha² sigma²
+    prior = 0.5 * (alpha2 * (1 - alpha2) * (MEAN**2 + SD**2 - 1) + alpha2)
+    expected = torch.stack([rate(2.0) - 0.5, prior - rate(-2.0)])
+    assert ((gradients.mean(dim=0) - expected).abs() < 4 * error + 1e-3).all()
+    assert (error < 0.05).all()
+
+
+def test_a_learned_schedule_lowers_the_variance_of_the_bound():
+    trainer = gaussian_trainer(schedule="learned", lr=3e-3, warmup=0, batch_size=256)
+    trainer.dataset.train = points(50_000)
+
+    def moments():
+        with torch.no_grad():
+            losses = trainer.loss(trainer.model, points(50_000, 1), None, 0, "test").double()
+        return losses.mean().item(), losses.var().item()
+
+    mean, variance = moments()
+    ends = trainer.model.schedule.network.ends.detach().clone()
+    for _ in range(400):
+        trainer.train_step(0.0)
+        with torch.no_grad():  # between fixed ends the mean cannot change
+            trainer.model.schedule.network.ends.copy_(ends)
+    after, less = moments()
+    assert after == pytest.approx(mean, rel=0.03)
+    assert less < 0.5 * variance
+
+
+def test_memory_counts_what_a_step_keeps():
+    small, large = (trainer_for(batch_size=b).memory() for b in (16, 64))
+    trainer = trainer_for()
+    weights = sum(4 * p.numel() for p in trainer.model.parameters())
+    assert small["weights"] == small["gradients"] == small["their average"] == weights
+    assert 1 <= small["optimiser"] / weights <= 2.1
+    assert 2.5 < large["activations"] / small["activations"] < 5
