@@ -55,11 +55,9 @@ def sampling_of(args):
         (args.strength is not None and not 0 < args.strength <= 1, "--strength: expected 0 to 1"),
         (bool(args.mask) != bool(args.inpaint), "--inpaint and --mask go together"),
         ((args.jump or args.resample) and not args.inpaint, "--jump, --resample: for --inpaint"),
-        (min(args.jump or 1, args.resample or 1) < 1, "--jump, --resample: expected at least 1"),
         (random and args.interpolate is not None, "--interpolate needs a sampler without noise"),
         (inverts and sampling.sampler not in (None, "ddim"), "--sampler: ddim alone is inverted"),
         (inverts and random, "--eta: ddim is inverted without noise"),
-        (args.mc_dropout is not None and args.mc_dropout < 2, "--mc_dropout: expected at least 2"),
         (args.mc_dropout and "gif" in (args.format or ""), "--mc_dropout has no --format gif"),
     )
     if inverts:
@@ -71,7 +69,7 @@ def sampling_of(args):
 
 
 def main(args):
-    config.expect(args, num_samples=1, batch_size=1, seed=0)
+    config.expect(args, num_samples=1, batch_size=1, seed=0, mc_dropout=2, jump=1, resample=1)
     sampling = sampling_of(args)
     out, formats = output.plan(args.out, args.format, args.checkpoint)
     where = device.pick_device(args.device)

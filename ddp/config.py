@@ -157,6 +157,8 @@ class Config:
             (learned and self.timesteps, f"--timesteps {self.timesteps}: learned is continuous"),
             (learned and zero, "--zero_terminal_snr: learned trains its own ends"),
             (learned and self.levels != "stratified", "--levels: learned draws its own"),
+            (learned and not bound, "--weighting: learned is trained on the bound"),
+            (learned and self.loss != "mse", "--loss: learned is trained on the bound, of mse"),
             (
                 zero and self.predict == "eps",
                 "--zero_terminal_snr needs another --predict than eps",
@@ -203,7 +205,7 @@ class Config:
 
 
 # sampler -> steps and spacing of the levels. Measured: docs/sampling.md.
-SUITED = dict.fromkeys(STOCHASTIC, (100, "trailing")) | {"heun": (10, "karras")}
+SUITED = dict.fromkeys(STOCHASTIC, (100, "trailing")) | {"heun": (20, "karras")}
 DEFAULT_SAMPLER, DEFAULT = "unipc", (20, "trailing")
 
 
@@ -227,6 +229,13 @@ class Sampling:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
+        unguided, (low, high) = self.guidance is None, self.guidance_interval or (0, 0)
+        refuse(
+            (unguided and self.guide, "--guide needs --guidance, such as 2"),
+            (unguided and self.guidance_interval, "--guidance_interval needs --guidance"),
+            (unguided and self.guidance_rescale, "--guidance_rescale needs --guidance"),
+            (low > high, f"--guidance_interval {low} {high}: expected LOW before HIGH"),
+        )
 
     def options(self, model, guide=None):
         """The keyword arguments of ddp.reverse.generate but `guide`, a model or None.
@@ -238,17 +247,12 @@ class Sampling:
             steps = self.steps
         elif model.schedule.timesteps:
             steps = min(steps, model.schedule.timesteps)
-        unguided, low_high = self.guidance is None, self.guidance_interval or [0, 0]
         refuse(
             (self.eta is not None and sampler != "ddim", "--eta is for --sampler ddim"),
             (self.churn and sampler not in CHURNABLE, "--churn is for --sampler heun or euler"),
             (self.clip not in (None, "none") and not model.is_image, "--clip is for pictures"),
-            (unguided and self.guide, "--guide needs --guidance, such as 2"),
-            (unguided and self.guidance_interval, "--guidance_interval needs --guidance"),
-            (unguided and self.guidance_rescale, "--guidance_rescale needs --guidance"),
-            (low_high[0] > low_high[1], "--guidance_interval: expected LOW before HIGH"),
             (
-                not unguided and not guide and not model.drops_label,
+                self.guidance is not None and not guide and not model.drops_label,
                 "--guidance needs a model trained with --conditional and label dropout, or --guide",
             ),
             (

@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,10 @@ import torch
 from conftest import ROOT
 from PIL import Image
 
-from ddp import checkpoint
+from ddp import checkpoint, reverse
+from ddp.data import load as load_data
+from ddp.guidance import CLIPS
+from ddp.schedule import SPACINGS
 
 TINY = ["--width", "8", "--depth", "1", "--batch_size", "16"]
 DIGITS = ROOT / "checkpoints" / "digits.pth"
@@ -72,7 +76,7 @@ def log(folder):
 def trained(tmp_path_factory):
     """A folder in which short runs on digits, conditional, and moons have been trained."""
     folder = tmp_path_factory.mktemp("trained")
-    out = run("train.py", *TINY, "--max_steps", 20, "--conditional", cwd=folder)
+    out = run("train.py", *TINY, "--max_steps", 20, "--conditional", "--dropout", 0.1, cwd=folder)
     assert str(folder / "checkpoints" / "digits") in out
     run("train.py", *TINY, "--dataset", "moons", "--max-steps", "12", cwd=folder)
     return folder / "checkpoints"
@@ -274,10 +278,18 @@ def test_nothing_is_overwritten(trained, tmp_path):
     assert [int(r["step"]) for r in log(runs / "branch")] == [1, 2, 3, 4, 5]
 
 
-def test_a_dry_run_writes_nothing(tmp_path):
-    out = run("train.py", *TINY, "--dry-run", cwd=tmp_path)
+def test_a_dry_run_tells_and_draws(tmp_path):
+    out = run("train.py", *TINY, "--dry-run", "--schedule", "scaled_linear", cwd=tmp_path)
     assert "parameters" in out
-    assert not list(tmp_path.iterdir())
+    assert "0.0047 at the end" in out  # the published figure: Lin et al. 2024, table 1
+    assert "warning" in out
+    assert "effective weight" in out
+    assert "activations" in out
+    (picture,) = (tmp_path / "checkpoints").iterdir()
+    assert str(picture) in out
+    assert Image.open(picture).width > 500
+    for flags in ("--schedule scaled_linear --zero_terminal_snr", "--schedule learned", ""):
+        assert "warning" not in run("train.py", *TINY, "--dry-run", *flags.split(), cwd=tmp_path)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
@@ -315,6 +327,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
         ("--multipliers 0,1", "--multipliers"),
         ("--name ../evil", "--name"),
         ("--device meta", "meta"),
+        ("--schedule learned --timesteps 10", "--timesteps"),
+        ("--schedule learned --zero_terminal_snr", "--zero_terminal_snr"),
+        ("--schedule learned --levels uniform", "--levels"),
+        ("--schedule learned --weighting v", "--weighting"),
+        ("--schedule learned --loss l1", "--loss"),
+        ("--zero_terminal_snr --predict eps", "--predict"),
+        ("--zero_terminal_snr --timesteps 1", "--zero_terminal_snr"),
+        ("--zero_terminal_snr --weighting bound", "--weighting"),
+        ("--levels log_normal --weighting bound", "--levels"),
+        ("--shift 0", "--shift"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_code_2(tmp_path, flags, word):
@@ -337,6 +359,30 @@ def test_a_wrong_flag_is_one_line_and_code_2(tmp_path, flags, word):
         ("--format npz --out x.png", "x.png"),
         ("--batch_size 0", "--batch_size"),
         ("--sampler magic", "magic"),
+        ("--eta 0.5 --sampler unipc", "--eta"),
+        ("--churn 3", "--churn"),
+        ("--churn -1 --sampler heun", "--churn"),
+        ("--clip dynamic", "--clip"),
+        ("--spacing leading", "leading"),
+        ("--guidance 2", "--guidance"),
+        ("--guidance nan", "--guidance"),
+        ("--guidance_rescale 0.5", "--guidance"),
+        ("--guidance_interval -1 1", "--guidance"),
+        ("--guide x.pth", "--guidance"),
+        ("--strength 0.5", "--image"),
+        ("--image x.npy --strength 0", "--strength"),
+        ("--image x.npy --reconstruct x.npy", "not allowed"),
+        ("--mask x.npy", "--inpaint"),
+        ("--inpaint x.npy", "--mask"),
+        ("--resample 2", "--inpaint"),
+        ("--inpaint x.npy --mask x.npy --jump 0", "--jump"),
+        ("--reconstruct x.npy --sampler ddpm", "ddim"),
+        ("--reconstruct x.npy --eta 1", "--eta"),
+        ("--interpolate --sampler ddpm", "--interpolate"),
+        ("--mc_dropout 1", "--mc_dropout"),
+        ("--mc_dropout 4", "--dropout"),
+        ("--mc_dropout 4 --format gif", "gif"),
+        ("--image x.png", "x.png"),
     ],
 )
 def test_generate_refuses(trained, tmp_path, flags, word):
@@ -350,6 +396,143 @@ def test_a_missing_or_damaged_checkpoint_is_one_line_and_code_1(script, tmp_path
     assert "none.pth" in refused(script, "--checkpoint", "none.pth", cwd=tmp_path, code=1)
     (tmp_path / "bad.pth").write_bytes(b"PK nonsense")
     assert "bad.pth" in refused(script, "--checkpoint", "bad.pth", cwd=tmp_path, code=1)
+
+
+# Every option of every script is run, by the lines below or by another test of this file; {run} is
+# the conditional digits model, {array} some digits, {mask} their lower half.
+
+TRAIN_LINES = [
+    "--dataset moons --data_dir d --width 16 --depth 2 --timesteps 0 --schedule flow "
+    "--predict flow --shift 2 --seed 3 --name a --out_dir o --device cpu --precision fp32 --keep 0",
+    "--channels 3 --image_size 8x10 --test_fraction 0.5 --label_dropout 0.2 --conditional "
+    "--multipliers 1,2 --patch 2 --attention 2 --dataset {pictures}",
+    "--schedule scaled_linear --zero_terminal_snr --levels uniform --weighting p2 --loss huber "
+    "--norm group --activation silu --dropout 0.1 --init xavier --negative_slope 0.2",
+    "--levels importance --weighting bound --optimizer adamw --lr 0.01 --lr_schedule linear "
+    "--warmup 2 --noise_draws 2 --weight_decay 0 --grad_clip 0 --grad_accumulation 2 "
+    "--ema_decay 0.9",
+    "--epochs 0.02 --max_minutes 1 --save_every 1 --keep 1 --sample_every 1",
+    *("--schedule learned", "--schedule karras --levels log_normal --weighting edm"),
+    *(f"--schedule {name} --timesteps 20" for name in ("linear", "sigmoid", "cosine")),
+    *(f"--predict {name}" for name in ("x0", "eps", "v")),
+    *(f"--weighting {n}" for n in ("uniform", "snr", "truncated_snr", "v", "flow", "min_snr")),
+    *(f"--loss l1 --activation {name}" for name in ("relu", "leaky_relu")),
+    "--norm none --init default --lr_schedule constant",
+    "--norm batch --init kaiming --lr_schedule cosine",
+]  # fmt: skip
+GENERATE_LINES = [
+    *(f"--sampler {name} --steps 3" for name in reverse.SAMPLERS),
+    *(f"--spacing {name} --steps 3 --sampler heun --churn 2" for name in SPACINGS),
+    *(f"--clip {name} --weights raw --device cpu --seed 3 --steps 2" for name in CLIPS),
+    "--eta 0.3 --steps 3 --batch_size 2 --label 3",
+    "--guidance 2 --guidance_interval -3 4 --guidance_rescale 0.5 --clip dynamic --steps 4",
+    "--guidance 1.5 --guide {run} --steps 3",
+    "--image {array} --strength 0.7 --label 2",
+    "--inpaint {array} --mask {mask} --jump 2 --resample 2 --steps 6",
+    "--reconstruct {array} --steps 4",
+    "--interpolate --steps 3",
+    "--interpolate {array} --steps 3",
+    "--mc_dropout 2 --steps 3",
+]
+EVALUATE_LINES = [
+    "--sampler ddim --steps 3 --eta 0.5 --spacing uniform --draws 1 --seed 2 --batch_size 20",
+    "--sampler heun --churn 4 --steps 3 --clip dynamic --weights raw --device cpu --data_dir d",
+    "--guidance 2 --guidance_interval -3 4 --guidance_rescale 0.5 --steps 3",
+    "--guide {run} --guidance 2 --steps 3",
+]
+
+
+@pytest.fixture(scope="module")
+def given(trained, pictures):
+    """What the lines name."""
+    digits = load_data("digits").test[:3]
+    np.save(trained / "array.npy", digits[:, 0].numpy())
+    np.save(trained / "mask.npy", np.arange(64).reshape(8, 8) >= 32)
+    paths = {"array": trained / "array.npy", "mask": trained / "mask.npy", "pictures": pictures}
+    return {**paths, "run": trained / "digits" / "last.pth"}
+
+
+@pytest.mark.parametrize("line", TRAIN_LINES)
+def test_train_lines(given, tmp_path, line):
+    size = [] if "--width" in line else TINY
+    limit = [] if "--epochs" in line else ["--max_steps", 2]
+    run("train.py", *size, *limit, *line.format(**given).split(), cwd=tmp_path)
+    (path,) = tmp_path.glob("*/*/model.pth")
+    count = 1000 if "--dataset moons" in line else 4
+    out = run("generate.py", "--checkpoint", path, "--num_samples", count, cwd=tmp_path)
+    assert "unipc in 20 steps" in out
+
+
+@pytest.mark.parametrize("line", GENERATE_LINES)
+def test_generate_lines(given, tmp_path, line):
+    flags = ["--checkpoint", given["run"], *line.format(**given).split()]
+    count = [] if "array" in line else ["--num_samples", 5]
+    run("generate.py", *flags, *count, "--format", "npz,grid", "--out", "s", cwd=tmp_path)
+    with np.load(tmp_path / "s" / "samples.npz") as arrays:
+        expected = 16 if "--interpolate {" in line else 3 if "array" in line else 5
+        assert arrays["images"].shape == (expected, 8, 8, 1)
+        if "--inpaint" in line:
+            kept = np.load(given["array"])[:, :4]
+            assert (arrays["images"][:, :4, :, 0] == kept).all()
+        if "--reconstruct" in line:
+            again = ["--noise", tmp_path / "s" / "samples.npz", "--out", "again.npz"]
+            assert arrays["noise"].shape == (3, 1, 8, 8)
+            run("generate.py", "--checkpoint", given["run"], *again, cwd=tmp_path)
+        if "--mc_dropout" in line:
+            assert (arrays["std"] > 0).any()
+    assert Image.open(tmp_path / "s" / "grid.png").width > 100
+
+
+@pytest.mark.parametrize("line", EVALUATE_LINES)
+def test_evaluate_lines(given, tmp_path, line):
+    few = ["--checkpoint", given["run"], "--test_items", 30, "--num_samples", 30, "--out", "e"]
+    run("evaluate.py", *few, *line.format(**given).split(), cwd=tmp_path)
+    recipe = json.loads((tmp_path / "e" / "evaluation.json").read_text())["recipe"]
+    assert recipe["guidance"] == (2 if "--guidance" in line else None)
+
+
+@pytest.mark.parametrize("script", ["train", "generate", "evaluate"])
+def test_every_option_is_run_by_some_test(script, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).command(["--help"])
+    found = re.findall(r"--[a-z][\w-]*", capsys.readouterr().out)
+    options = {"--" + word[2:].replace("-", "_") for word in found} - {"--help"}
+    lines = {"train": TRAIN_LINES, "generate": GENERATE_LINES, "evaluate": EVALUATE_LINES}[script]
+    elsewhere = {
+        "train": {"--batch_size", "--resume", "--dry_run", "--max_steps"},
+        "generate": {"--checkpoint", "--num_samples", "--format", "--out", "--noise"},
+        "evaluate": {"--checkpoint", "--num_samples", "--test_items", "--out"},
+    }[script]
+    assert len(options) > 10
+    assert options - set(" ".join(lines).split()) == elsewhere
+
+
+def test_samples_of_an_edit_do_not_depend_on_the_batch(given, tmp_path):
+    for line in ("--image {array}", "--inpaint {array} --mask {mask}", "--mc_dropout 3",
+                 "--interpolate {array}", "--sampler heun --churn 8"):  # fmt: skip
+        flags = ["--checkpoint", given["run"], *line.format(**given).split(), "--steps", 4]
+        arrays = []
+        for size in (7, 2):
+            path = tmp_path / f"{len(list(tmp_path.iterdir()))}.npz"
+            run("generate.py", *flags, "--num_samples", 7, "--batch_size", size, "--out", path,
+                cwd=tmp_path)  # fmt: skip
+            with np.load(path) as npz:
+                arrays.append({name: npz[name].astype(float) for name in npz.files})
+        for name in arrays[0]:
+            np.testing.assert_allclose(arrays[0][name], arrays[1][name], atol=1.01, err_msg=line)
+
+
+def test_points_are_edited_too(trained, tmp_path):
+    """The moons' first coordinate is kept, and the second filled in."""
+    points = np.array([[0.5, 0.0], [-0.5, 0.0]], np.float32)
+    np.save(tmp_path / "p.npy", points)
+    np.save(tmp_path / "m.npy", [0, 1])
+    flags = ["--inpaint", "p.npy", "--mask", "m.npy", "--num_samples", 6, "--steps", 5]
+    path = trained / "moons" / "model.pth"
+    run("generate.py", "--checkpoint", path, *flags, "--out", "a.npz", cwd=tmp_path)
+    made = np.load(tmp_path / "a.npz")["points"]
+    np.testing.assert_array_equal(made[:, 0], np.tile(points[:, 0], 3))
+    assert len(np.unique(made[:, 1])) == 6
 
 
 @pytest.fixture(scope="module")
