@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ddp import data, device, evaluation, reverse
-from ddp.config import Config
+from ddp import data, device, evaluation
+from ddp.config import Config, Sampling
 from ddp.training import Trainer
 
 VARIANTS = [
@@ -61,7 +61,7 @@ def measure(variant, args):
     seconds = time.monotonic() - started
     model = trainer.average()
     count = min(args.samples, len(dataset.test))
-    options = reverse.options(model)
+    options = Sampling().options(model)
     drawn = evaluation.samples(model, count, 250, 0, options, iter)
     levels = evaluation.loss_by_level(dataset, model, count, 250, 0, iter)
     return {

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from ddp import data, device, evaluation
 from ddp.checkpoint import load_model
 from ddp.config import Sampling
+from ddp.quality import pixel_features
 from ddp.reverse import SAMPLERS
 from ddp.schedule import SPACINGS
 
@@ -42,20 +43,34 @@ def name_of(options):
     return options["sampler"] + (f" eta {options['eta']:g}" if options["eta"] else "")
 
 
-def measure(model, dataset, recipe, used, args):
+def reader(dataset):
+    """A function of items: the share that a classifier of the training items is 90% sure of; None
+    when there are no labels."""
+    if dataset.train_labels is None:
+        return None
+    from sklearn.neural_network import MLPClassifier
+
+    network = MLPClassifier((128,), random_state=0, max_iter=200)
+    network.fit(pixel_features(dataset.train[:10_000]), dataset.train_labels[:10_000])
+    return lambda items: (network.predict_proba(pixel_features(items)).max(axis=1) > 0.9).mean()
+
+
+def measure(model, dataset, recipe, used, args, read):
     """One row of the table."""
-    options, values, seconds = recipe.options(model), [], 0.0
+    options, values, seconds, named = recipe.options(model), [], 0.0, []
     count = min(args.samples, len(dataset.test))
     for seed in range(args.seeds):
         started = time.monotonic()
         drawn = evaluation.samples(model, count, count, seed, options, iter)
         seconds += time.monotonic() - started
         values.append(evaluation.distance(dataset, drawn)["ratio"])
+        named += [read(drawn)] if read else []
     return {
         "sampler": name_of(options),
         "spacing": options["spacing"],
         "evaluations": used,
         "ratio": evaluation.figure(torch.tensor(values)),
+        "named": sum(named) / len(named) if named else None,
         "seconds": seconds / args.seeds,
         "samples": count,
     }
@@ -90,16 +105,18 @@ def main():
     model, config, _ = load_model(args.checkpoint, device=device.pick_device("auto"))
     source = config.data() | ({"data_dir": args.data_dir} if args.data_dir else {})
     dataset, rows = data.load(**source), []
-    print(
-        f"{'sampler':<14} {'spacing':<9} {'evaluations':>11} {'distance/floor':>16} {'seconds':>8}"
-    )
+    read = reader(dataset)
+    if read:
+        print(f"named: {read(dataset.test):.1%} of the test items")
+    print("sampler        spacing   evaluations   distance/floor  named  seconds")
     for recipe, used in tqdm(list(recipes(args.evaluations, args.spacings)), disable=None):
         if model.schedule.timesteps and recipe.steps > model.schedule.timesteps:
             continue
-        rows.append(row := measure(model, dataset, recipe, used, args))
+        rows.append(row := measure(model, dataset, recipe, used, args, read))
+        named = f"{row['named']:.1%}" if read else ""
         tqdm.write(
             f"{row['sampler']:<14} {row['spacing']:<9} {used:11d} {row['ratio']['mean']:9.3f} ± "
-            f"{row['ratio']['se']:.3f} {row['seconds']:8.2f}"
+            f"{row['ratio']['se']:.3f} {named:>6} {row['seconds']:8.2f}"
         )
         Path(args.out).write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
     draw(rows).savefig(Path(args.out).with_suffix(".png"))

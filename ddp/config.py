@@ -214,7 +214,7 @@ class Sampling:
     """How samples are drawn: the flags that evaluate.py and generate.py share."""
 
     sampler: str = flag(None, f"(default: {DEFAULT_SAMPLER})", str, choices=SAMPLERS)
-    steps: int = flag(None, "of the sampler, at most the schedule's (default: 10 to 100)", int)
+    steps: int = flag(None, "of the sampler (default: 20; of ddpm and dpm++sde 100)", int)
     spacing: str = flag(None, "of the steps (default: what suits)", str, choices=SPACINGS)
     eta: float = flag(
         None, "noise of ddim, from 0 (none) to 1 (as ddpm)", float, at_least=0, at_most=1
@@ -261,17 +261,13 @@ class Sampling:
             ),
         )
         model.schedule.grid(steps)
-        return {
-            "sampler": sampler,
-            "steps": steps,
-            "spacing": self.spacing or spacing,
-            "eta": self.eta or 0.0,
-            "churn": self.churn,
-            "clip": self.clip or ("static" if model.is_image else "none"),
-            "guidance": self.guidance,
-            "guidance_interval": self.guidance_interval,
-            "guidance_rescale": self.guidance_rescale,
-        }
+        options = dataclasses.asdict(self)
+        options.update(sampler=sampler, steps=steps, spacing=self.spacing or spacing)
+        options.update(
+            eta=self.eta or 0.0, clip=self.clip or ("static" if model.is_image else "none")
+        )
+        del options["guide"]
+        return options
 
 
 # What may change when a run is resumed. All else would make it another run.

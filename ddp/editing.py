@@ -21,33 +21,39 @@ from ddp.reverse import class_labels, ddim, denoiser, final
 FRAMES = 8  # of an interpolation, from one end to the other
 
 
+def read_array(path, names=()):
+    """The array in an .npy, or in an .npz the first of `names` that is there, or else its first;
+    None when `path` is neither."""
+    if Path(path).suffix.lower() not in (".npy", ".npz"):
+        return None
+    try:
+        array = np.load(path)  # no pickles
+        if not isinstance(array, np.ndarray):
+            array = array[next((name for name in names if name in array.files), array.files[0])]
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"it holds {array.dtype}")
+        return array
+    except (ValueError, EOFError, IndexError, OSError) as error:
+        raise OSError(f"{path} cannot be read as an array of numbers: {error}") from None
+
+
 def load(path, event, names=("images", "points")):
     """(items, what to tell about them): x0 (N, *event) from a picture, a folder or .zip of
     pictures, or an .npy or .npz: uint8 (N, H, W[, C]), or numbers (N, *event) in the units of x0.
     names: of the array in an .npz that holds several.
 
     Raises OSError when it cannot be read, ValueError when it does not fit."""
-    path = Path(path)
-    if path.suffix.lower() not in (".npy", ".npz"):
-        if len(event) != 3:
-            raise ValueError(
-                f"{path}: points are given as an .npy or .npz of shape (N, {event[0]})"
-            )
+    array, is_image = read_array(path, names), len(event) == 3
+    if array is None and is_image:
         read = pictures.read(path, tuple(event[1:]), event[0])
         return to_float(read.items), read.found
-    try:
-        array = np.load(path)  # no pickles
-        if not isinstance(array, np.ndarray):
-            array = array[next((name for name in names if name in array.files), array.files[0])]
-    except (ValueError, EOFError, IndexError, OSError) as error:
-        raise OSError(f"{path} cannot be read as arrays of numbers: {error}") from None
-    if array.dtype == np.uint8 and len(event) == 3:
+    if array is None:
+        raise ValueError(f"{path}: points are given as an .npy or .npz of shape (N, {event[0]})")
+    if array.dtype == np.uint8 and is_image:
         pixels = array[..., None] if array.ndim == 3 else array
         x0 = to_float(torch.from_numpy(np.moveaxis(pixels, -1, 1).copy()))
-    elif array.dtype.kind in "fiub":
-        x0 = torch.from_numpy(array.astype(np.float32))
     else:
-        raise ValueError(f"{path} holds {array.dtype}; expected numbers")
+        x0 = torch.from_numpy(array.astype(np.float32))
     if tuple(x0.shape[1:]) != tuple(event) or not len(x0) or not x0.isfinite().all():
         raise ValueError(
             f"{path} holds {array.dtype} {array.shape}; expected finite items of shape {event}, or "
@@ -57,30 +63,19 @@ def load(path, event, names=("images", "points")):
 
 
 def load_mask(path, event):
-    """The part to fill in, bool (N, *event) or one that is spread over it: where a picture is
-    light, or an array is not zero."""
-    if Path(path).suffix.lower() in (".npy", ".npz"):
-        try:
-            array = np.load(path)
-            array = array if isinstance(array, np.ndarray) else array[array.files[0]]
-            mask = torch.from_numpy(array.astype(bool))
-        except (ValueError, EOFError, IndexError, OSError) as error:
-            raise OSError(f"{path} cannot be read as arrays of numbers: {error}") from None
-        mask = mask[None] if mask.ndim < max(len(event), 2) else mask
-        if len(event) == 3:
-            mask = mask[:, None] if mask.ndim == 3 else mask.movedim(-1, 1)
-    else:
+    """The part to fill in, bool, (N, *event) or spread over it: where a picture is light, or an
+    array (N, H, W), (H, W), (N, D) or (D,) is not zero."""
+    array = read_array(path)
+    if array is None:
         mask = load(path, (1, *event[1:]))[0] > 0
-    try:
-        torch.broadcast_shapes(mask.shape[1:], event)
-    except RuntimeError:
-        raise ValueError(
-            f"--mask {path}: {tuple(mask.shape)} does not fit items of {event}"
-        ) from None
+    else:
+        mask = torch.from_numpy(array.astype(bool))
+        mask = mask[None] if mask.ndim < max(len(event), 2) else mask
+        mask = mask[:, None] if len(event) == mask.ndim == 3 else mask
+    if mask.ndim != len(event) + 1 or tuple(mask.shape[2:]) != tuple(event[1:]):
+        raise ValueError(f"--mask {path}: {tuple(mask.shape)} does not fit items of {event}")
     if not mask.any() or mask.all():
-        raise ValueError(
-            f"--mask {path}: expected some of it light, to be filled in, and some dark"
-        )
+        raise ValueError(f"--mask {path}: expected some of it light, to fill in, and some dark")
     return mask
 
 
