@@ -12,6 +12,7 @@ from tqdm import tqdm
 from ddp import config, data, device, editing, output, reverse
 from ddp.checkpoint import load_model
 
+PATHS = ("image", "inpaint", "reconstruct", "noise", "mask")
 PICTURES = "a picture, a folder or .zip of them, or an .npy or .npz: "
 
 
@@ -38,7 +39,7 @@ def parse(arguments=None):
     add("noise", edits, metavar="PATH", help="start from this noise, an .npz of --reconstruct")
     add("interpolate", edits, nargs="?", const="", metavar="PATH", help="between samples, or these")
     add("mc_dropout", edits, type=int, metavar="K", help="mean and spread of K passes with dropout")
-    add("strength", type=float, help="of --image: 0 keeps it, 1 forgets it (default: 0.5)")
+    add("strength", type=float, help="of --image: above 0, to 1, which forgets it (default: 0.5)")
     add("mask", help="of --inpaint: a picture or an array; what is light is filled in")
     add("jump", type=int, help="of --inpaint: steps that are undone at a time (default: 10)")
     add("resample", type=int, help="of --inpaint: how often each is done (default: 5)")
@@ -51,17 +52,20 @@ def sampling_of(args):
     random = sampling.sampler in reverse.STOCHASTIC or sampling.eta or sampling.churn
     inverts = args.reconstruct or args.interpolate
     config.refuse(
+        *((getattr(args, n) == "", f"--{n}: expected a path") for n in PATHS),
         (args.strength is not None and not args.image, "--strength is for --image"),
-        (args.strength is not None and not 0 < args.strength <= 1, "--strength: expected 0 to 1"),
+        (
+            args.strength is not None and not 0 < args.strength <= 1,
+            "--strength: expected more than 0, at most 1",
+        ),
         (bool(args.mask) != bool(args.inpaint), "--inpaint and --mask go together"),
         ((args.jump or args.resample) and not args.inpaint, "--jump, --resample: for --inpaint"),
         (random and args.interpolate is not None, "--interpolate needs a sampler without noise"),
         (inverts and sampling.sampler not in (None, "ddim"), "--sampler: ddim alone is inverted"),
-        (inverts and random, "--eta: ddim is inverted without noise"),
-        (args.mc_dropout and "gif" in (args.format or ""), "--mc_dropout has no --format gif"),
+        (inverts and random, "--eta, --churn: ddim is inverted without noise"),
     )
-    if inverts:
-        suited = {"sampler": "ddim", "steps": 100, "clip": "none"}
+    if inverts or args.noise:
+        suited = {"sampler": "ddim", "clip": "none"}
     else:
         suited = {"sampler": "ddpm"} if args.inpaint and sampling.eta is None else {}
     missing = {k: v for k, v in suited.items() if getattr(sampling, k) is None}
@@ -72,6 +76,7 @@ def main(args):
     config.expect(args, num_samples=1, batch_size=1, seed=0, mc_dropout=2, jump=1, resample=1)
     sampling = sampling_of(args)
     out, formats = output.plan(args.out, args.format, args.checkpoint)
+    config.refuse((args.mc_dropout and "gif" in formats, "--mc_dropout has no --format gif"))
     where = device.pick_device(args.device)
     model, settings, state = load_model(args.checkpoint, args.weights, where)
     guide = load_model(sampling.guide, "ema", where)[0] if sampling.guide else None
@@ -80,7 +85,8 @@ def main(args):
     edit = editing.Edit(model, args, options)
     print(*edit.found, sep="\n", end="\n" * bool(edit.found))
     total = args.num_samples or edit.count
-    real = None if model.is_image or edit.given is not None else data.load(**settings.data()).test
+    alone = model.is_image or edit.given is not None or args.mc_dropout
+    real = None if alone else data.load(**settings.data()).test
 
     def states(indices):
         """Samples `indices` on their way from noise to data, state after state."""

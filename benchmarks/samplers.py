@@ -50,7 +50,7 @@ def reader(dataset):
         return None
     from sklearn.neural_network import MLPClassifier
 
-    network = MLPClassifier((128,), random_state=0, max_iter=200)
+    network = MLPClassifier((128,), random_state=0, max_iter=500)
     network.fit(pixel_features(dataset.train[:10_000]), dataset.train_labels[:10_000])
     return lambda items: (network.predict_proba(pixel_features(items)).max(axis=1) > 0.9).mean()
 
@@ -102,6 +102,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--out", default="samplers.json")
     args = parser.parse_args()
+    if args.seeds < 2:
+        parser.error(f"--seeds {args.seeds}: a standard error takes at least 2")
     model, config, _ = load_model(args.checkpoint, device=device.pick_device("auto"))
     source = config.data() | ({"data_dir": args.data_dir} if args.data_dir else {})
     dataset, rows = data.load(**source), []
@@ -123,4 +125,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -81,7 +81,9 @@ class Config:
         at_least=0,
         at_most=10**6,
     )
-    shift: float = flag(1.0, "more noise, for pictures so many times larger", above=0, at_most=1e3)
+    shift: float = flag(
+        1.0, "more noise, for pictures so many times larger", at_least=1e-3, at_most=1e3
+    )
     zero_terminal_snr: bool = flag(False, "make the last noise level noise alone")
     levels: str = flag("stratified", "how training draws noise levels", choices=LEVELS)
     # the reverse network
@@ -154,6 +156,14 @@ class Config:
             self.weighting = "bound" if learned else SUITING[self.predict]
         zero, bound = self.zero_terminal_snr, self.weighting == "bound"
         refuse(
+            (
+                self.label_dropout != 0.1 and not self.conditional,
+                "--label_dropout needs --conditional",
+            ),
+            (
+                self.negative_slope != 0.01 and self.activation != "leaky_relu",
+                "--negative_slope is for --activation leaky_relu",
+            ),
             (learned and self.timesteps, f"--timesteps {self.timesteps}: learned is continuous"),
             (learned and zero, "--zero_terminal_snr: learned trains its own ends"),
             (learned and self.levels != "stratified", "--levels: learned draws its own"),
@@ -214,14 +224,16 @@ class Sampling:
     """How samples are drawn: the flags that evaluate.py and generate.py share."""
 
     sampler: str = flag(None, f"(default: {DEFAULT_SAMPLER})", str, choices=SAMPLERS)
-    steps: int = flag(None, "of the sampler (default: 20; of ddpm and dpm++sde 100)", int)
+    steps: int = flag(
+        None, "of the sampler (default: 20; of ddpm and dpm++sde 100)", int, at_most=10**6
+    )
     spacing: str = flag(None, "of the steps (default: what suits)", str, choices=SPACINGS)
     eta: float = flag(
         None, "noise of ddim, from 0 (none) to 1 (as ddpm)", float, at_least=0, at_most=1
     )
     churn: float = flag(0.0, "noise that heun or euler adds on the way (EDM's S_churn)", at_least=0)
     clip: str = flag(None, "of the estimates, to the range of pixels", str, choices=CLIPS)
-    guidance: float = flag(None, "strength; 1 is none, 2 is some", float, at_least=0)
+    guidance: float = flag(None, "strength; 1 is none, 2 is some", float, at_least=0, at_most=1e3)
     guidance_interval: list = flag(None, "only between two log-SNR, LOW HIGH", float, count=2)
     guidance_rescale: float = flag(0.0, "of guided items' contrast", at_least=0, at_most=1)
     guide: str = flag(None, "a weaker checkpoint to guide away from, not the lack of a label", str)
@@ -231,6 +243,7 @@ class Sampling:
             check(field, getattr(self, field.name))
         unguided, (low, high) = self.guidance is None, self.guidance_interval or (0, 0)
         refuse(
+            (self.guide == "", "--guide: expected a path"),
             (unguided and self.guide, "--guide needs --guidance, such as 2"),
             (unguided and self.guidance_interval, "--guidance_interval needs --guidance"),
             (unguided and self.guidance_rescale, "--guidance_rescale needs --guidance"),

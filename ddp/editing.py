@@ -29,7 +29,10 @@ def read_array(path, names=()):
     try:
         array = np.load(path)  # no pickles
         if not isinstance(array, np.ndarray):
-            array = array[next((name for name in names if name in array.files), array.files[0])]
+            found = [name for name in names or array.files if name in array.files]
+            if not found:
+                raise ValueError(f"it holds no {' or '.join(names)}")
+            array = array[found[0]]
         if array.dtype.kind not in "fiub":
             raise ValueError(f"it holds {array.dtype}")
         return array
@@ -44,17 +47,22 @@ def load(path, event, names=("images", "points")):
 
     Raises OSError when it cannot be read, ValueError when it does not fit."""
     array, is_image = read_array(path, names), len(event) == 3
-    if array is None and is_image:
+    if array is None and is_image and "noise" not in names:
         read = pictures.read(path, tuple(event[1:]), event[0])
         return to_float(read.items), read.found
     if array is None:
-        raise ValueError(f"{path}: points are given as an .npy or .npz of shape (N, {event[0]})")
+        raise ValueError(
+            f"{path}: expected an .npy or .npz of shape (N, {', '.join(map(str, event))})"
+        )
     if array.dtype == np.uint8 and is_image:
         pixels = array[..., None] if array.ndim == 3 else array
         x0 = to_float(torch.from_numpy(np.moveaxis(pixels, -1, 1).copy()))
     else:
         x0 = torch.from_numpy(array.astype(np.float32))
-    if tuple(x0.shape[1:]) != tuple(event) or not len(x0) or not x0.isfinite().all():
+    fits = tuple(x0.shape[1:]) == tuple(event) and len(x0) and x0.isfinite().all()
+    if is_image and fits and "noise" not in names and x0.abs().max() > 1.01:
+        raise ValueError(f"{path} holds {array.dtype} beyond -1 to 1; pixels to 255 are uint8")
+    if not fits:
         raise ValueError(
             f"{path} holds {array.dtype} {array.shape}; expected finite items of shape {event}, or "
             "uint8 pictures (N, H, W, C)"
@@ -72,7 +80,8 @@ def load_mask(path, event):
         mask = torch.from_numpy(array.astype(bool))
         mask = mask[None] if mask.ndim < max(len(event), 2) else mask
         mask = mask[:, None] if len(event) == mask.ndim == 3 else mask
-    if mask.ndim != len(event) + 1 or tuple(mask.shape[2:]) != tuple(event[1:]):
+    wanted = [(channels, *event[1:]) for channels in {event[0], 1 if len(event) == 3 else event[0]}]
+    if tuple(mask.shape[1:]) not in wanted:
         raise ValueError(f"--mask {path}: {tuple(mask.shape)} does not fit items of {event}")
     if not mask.any() or mask.all():
         raise ValueError(f"--mask {path}: expected some of it light, to fill in, and some dark")
@@ -86,6 +95,8 @@ def inverted(denoise, x0, model, grid):
     Returns (xT, levels): xT (B, *event), levels rising from grid[0] to that level."""
     clean = model.schedule.log_snr(0.0).detach().cpu()
     levels = torch.cat([grid[grid < clean], clean[None]])
+    if len(levels) < 2:
+        raise ValueError("--steps 1 from the schedule's only level cannot be inverted; use more")
     xt = x0
     for log_snr, next_log_snr in itertools.pairwise(levels.flip(0)):
         x0_hat = denoise(xt, log_snr.to(xt).expand(len(xt)))
@@ -117,9 +128,10 @@ def inpaint(x0, mask, grid, jump, resample, seed, indices):
     steps the last of them are undone and done again, `resample` times in all. Lugmayr et al. 2022,
     algorithm 1."""
     path, draws = [*grid[:1]], itertools.count(1)
+    last = len(grid) - 2  # before the clean level
     for i in range(1, len(grid)):
         path.append(grid[i])
-        if i % jump == 0 and i < len(grid) - 1:
+        if i >= jump and i <= last and (last - i) % jump == 0:
             path += [*grid[i - jump : i + 1]] * (resample - 1)
 
     def project(xs, log_snr):
@@ -127,6 +139,14 @@ def inpaint(x0, mask, grid, jump, resample, seed, indices):
         return torch.where(mask, xs, diffuse(x0, log_snr, eps))
 
     return {"grid": torch.stack(path), "project": project}
+
+
+def dropouts(model):
+    """The dropout layers of a model. Raises ValueError when there are none."""
+    modules = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
+    if not modules:
+        raise ValueError("--mc_dropout needs a model that was trained with --dropout; this was not")
+    return modules
 
 
 @contextlib.contextmanager
@@ -140,10 +160,7 @@ def dropout(model, seed, indices, number):
         u = uniform(seed, "step", next(calls), indices.to(x.device), x.shape[1:])
         return x * (u >= module.p) / (1 - module.p)
 
-    modules = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
-    if not modules:
-        raise ValueError("--mc_dropout needs a model that was trained with --dropout; this was not")
-    handles = [module.register_forward_hook(drop) for module in modules]
+    handles = [module.register_forward_hook(drop) for module in dropouts(model)]
     try:
         yield
     finally:
@@ -177,19 +194,26 @@ class Edit:
         for name, title in titles.items():
             if getattr(args, name):
                 self.shown = {"titles": (title, "given")}
+        if self.mask is not None and len(self.mask) not in (1, len(self.given)):
+            raise ValueError(f"--mask: {len(self.mask)} masks for {len(self.given)} items")
+        self.users = self.given is not None or self.noise is not None
+        if self.users and model.classes and not (args.label or model.drops_label):
+            raise ValueError("give --label: this model was never trained without one")
         if args.mc_dropout:
+            dropouts(model)
             self.shown = {"titles": (f"mean of {args.mc_dropout}", "spread: white is 0.5 or more")}
-        if (args.reconstruct or args.interpolate) and args.steps is None:
+        if (args.reconstruct or args.interpolate or args.noise) and args.steps is None:
             options["steps"] = min(100, model.schedule.timesteps or 100)
+        self.jump = args.jump or max(1, min(10, options["steps"] // 2))
+        if args.jump and args.jump >= options["steps"]:
+            raise ValueError(
+                f"--jump {args.jump}: expected fewer than the {options['steps']} steps"
+            )
 
     def label(self, indices, chosen):
         """Labels (B,) or None: `chosen` ones or all, in turn; none for items that are the user's,
         of which only the user knows them."""
-        if self.given is not None and chosen is None and self.model.classes:
-            if not self.model.drops_label:
-                raise ValueError(
-                    "give --label: this model was never trained without (label_dropout)"
-                )
+        if self.users and chosen is None:
             return None
         if self.args.interpolate is not None:
             indices = indices // FRAMES
@@ -218,42 +242,44 @@ class Edit:
             strength = 0.5 if args.strength is None else args.strength
             return image_to_image(x0, grid, strength, args.seed, indices)
         mask = self.mask[indices.cpu() % len(self.mask)].to(device)
-        again = {"jump": args.jump or 10, "resample": args.resample or 5}
-        return inpaint(x0, mask, grid, **again, seed=args.seed, indices=indices)
+        return inpaint(x0, mask, grid, self.jump, args.resample or 5, args.seed, indices)
 
     @torch.no_grad()
     def inverted(self, indices, label, grid):
-        """(xT, levels) of the given items `indices` (B,), each inverted once."""
-        which, back = (indices.cpu() % len(self.given)).unique(return_inverse=True)
-        first = torch.stack([(back == k).nonzero()[0, 0] for k in range(len(which))])
+        """(xT, levels) of the given items `indices` (B,)."""
         names = ("guidance", "guidance_interval", "guidance_rescale", "guide", "clip")
-        options = {name: self.options[name] for name in names}
-        label = None if label is None else label[first.to(label.device)]
-        x0 = self.given[which].to(indices.device)
-        xt, levels = inverted(denoiser(self.model, label, **options), x0, self.model, grid)
-        return xt[back.to(xt.device)], levels
+        denoise = denoiser(self.model, label, **{name: self.options[name] for name in names})
+        x0 = self.given[indices.cpu() % len(self.given)].to(indices.device)
+        return inverted(denoise, x0, self.model, grid)
 
     def finish(self, indices, states):
-        """(x0, what to show beside it, arrays to keep) of samples `indices` (B,), run by
-        `states`."""
+        """(x0, what to show beside it, arrays to keep) of samples `indices` (B,), run by `states`.
+
+        Raises FloatingPointError when a sample is not finite."""
+        beside, kept = None, {}
         if self.args.mc_dropout:
             passes = []
             for k in range(self.args.mc_dropout):
                 with dropout(self.model, self.args.seed, indices, k):
                     passes.append(final(states(indices)))
-            spread, mean = torch.std_mean(torch.stack(passes), dim=0)
-            shown = to_pixels(4 * spread - 1).cpu() if self.model.is_image else None
-            return mean, shown, {"std": spread}
-        x0, kept = final(states(indices)), {}
-        if self.given is None or self.args.interpolate:
-            return x0, None, kept
-        given = self.given[indices % len(self.given)].to(x0.device)
-        if self.args.reconstruct:
-            self.squares.append(((x0 - given) ** 2).flatten(1).mean(dim=1).cpu())
-            kept = {"noise": self.start}
-        if self.args.inpaint:
-            given = given.where(~self.mask[indices % len(self.mask)].to(given.device), 0.0)
-        return x0, to_pixels(given).cpu(), kept
+            spread, x0 = torch.std_mean(torch.stack(passes), dim=0)
+            beside = to_pixels(4 * spread - 1).cpu() if self.model.is_image else None
+            kept = {"std": spread}
+        else:
+            x0 = final(states(indices))
+        if not x0.isfinite().all():
+            raise FloatingPointError(
+                "samples became infinite; try less --guidance, or other --steps"
+            )
+        if self.given is not None and not self.args.interpolate:
+            given = self.given[indices % len(self.given)].to(x0.device)
+            if self.args.reconstruct:
+                self.squares.append(((x0 - given) ** 2).flatten(1).mean(dim=1).cpu())
+                kept = {"noise": self.start}
+            if self.args.inpaint:
+                given = given.where(~self.mask[indices % len(self.mask)].to(given.device), 0.0)
+            beside = to_pixels(given).cpu()
+        return x0, beside, kept
 
     def report(self):
         """What to tell when all is done, a list of lines."""

@@ -39,7 +39,7 @@ def scatter(points, beside=None, titles=("samples", "data")):
     clouds = [points] if beside is None else [points, beside]
     panels = list(zip(titles, clouds, strict=False))
     figure = Figure(figsize=(5 * len(panels), 5), layout="constrained")
-    limit = np.abs(np.asarray(panels[-1][1])).max() * 1.15
+    limit = np.abs(np.asarray(panels[-1][1])).max() * 1.15 or 1.0
     for axes, (name, cloud) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
     ):

@@ -18,12 +18,12 @@ SHOWN, SHOWN_POINTS = 100, 5000  # samples in a grid, points in a scatter
 ANIMATED, FRAMES = {True: 25, False: 1000}, 50  # is_image: samples in an animation; its frames
 
 
-def free_path(path):
-    """`path`, or the first of path-2, path-3, ... that does not exist."""
-    free, i = path, 1
+def free_path(path, suffix=""):
+    """`path` and suffix, or the first of path-2, path-3, ... that does not exist."""
+    free, i = path.with_name(path.name + suffix), 1
     while free.exists():
         i += 1
-        free = path.with_name(f"{path.name}-{i}")
+        free = path.with_name(f"{path.name}-{i}{suffix}")
     return free
 
 

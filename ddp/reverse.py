@@ -137,9 +137,9 @@ def sample(denoise, xt, grid, sampler="ddim", noise=None, churn=0.0, project=Non
     """Run the reverse process, yielding (log_snr, xt, x0_hat) after every step; the last xt is x0.
 
     denoise: (xt, log_snr (B,)) -> x0_hat. xt: the start, (B, *event), noise at grid[0]. grid:
-    rising levels that end at +inf (Schedule.grid); where they fall, noise is added again. noise:
-    () -> N(0, I) like xt; needed by the samplers that draw it. churn: S_churn of Karras et al.
-    2022. project: (xs, log_snr) -> xs, done after every step. options: eta."""
+    rising levels, to +inf for clean data (Schedule.grid); where they fall, noise is added again.
+    noise: () -> N(0, I) like xt; needed by the samplers that draw it. churn: S_churn of Karras et
+    al. 2022. project: (xs, log_snr) -> xs, done after every step. options: eta."""
     step, corrector, history = SAMPLERS[sampler], CORRECTORS.get(sampler), []
     share = min(churn / (len(grid) - 1), math.sqrt(2) - 1)
     for log_snr, next_log_snr in itertools.pairwise(grid):
@@ -150,7 +150,7 @@ def sample(denoise, xt, grid, sampler="ddim", noise=None, churn=0.0, project=Non
         if share and log_snr.isfinite():
             xt, log_snr = churned(xt, log_snr, share, noise)
         x0_hat = denoise(xt, log_snr.to(xt).expand(len(xt)))
-        if corrector and history:
+        if corrector and history and project is None:  # else xt is no longer the step's
             xt = corrector(x0_hat, log_snr, history)
         rest = {"noise": noise, "denoise": denoise, "history": history, **options}
         xs = step(x0_hat, xt, log_snr, next_log_snr, **rest)
@@ -244,7 +244,7 @@ def generate(
         grid,
         sampler,
         lambda: normal(seed, "step", next(draws), indices, model.event),
-        churn,
+        churn * (len(grid) - 1) / steps,  # a part of the way is churned as it is in the whole
         project,
         **({"eta": eta} if sampler == "ddim" else {}),
     )

@@ -22,6 +22,7 @@ from ddp.data import full_name, to_pixels
 from ddp.forward import uniform
 from ddp.likelihood import NOISIEST
 from ddp.loss import WEIGHTINGS
+from ddp.output import free_path
 from ddp.reverse import class_labels, final, generate
 
 LEAK = 1e-3  # terminal SNR above which the data shows through the noise from which sampling starts
@@ -126,9 +127,12 @@ def rehearse(trainer, folder):
     shown = f"{math.exp(noisy):.2g} at the end (log-SNR {noisy:.2f})"
     lines = [f"schedule: {schedule.name}, SNR {math.exp(clean):.3g} at the start, {shown}"]
     if math.exp(noisy) > LEAK:
+        shift = config.shift * math.exp(noisy / 2) / math.sqrt(LEAK) + 0.1
+        allowed = config.predict != "eps" and config.weighting != "bound" and config.timesteps != 1
+        zero = " or --zero_terminal_snr" if allowed else ""
         lines.append(
             f"warning: the last level is not noise alone, {math.exp(noisy / 2):.1%} of the data "
-            "shows through, but sampling starts from noise; try --zero_terminal_snr or --shift 2"
+            f"shows through, but sampling starts from noise; try --shift {shift:.1f}{zero}"
         )
     u = uniform(0, "test", 0, torch.arange(1 << 16))
     levels, weight = schedule.levels(u, config.weighting == "bound")
@@ -148,7 +152,7 @@ def rehearse(trainer, folder):
     t = torch.linspace(0, 1, 201)
     curve = schedule.log_snr(t).detach().cpu().clamp_min(NOISIEST)
     picture = figures.image_of(figures.schedule(t.tolist(), curve.tolist(), rows))
-    path = folder.with_name(f"{folder.name}-dry_run.png").resolve()
+    path = free_path(folder.with_name(f"{folder.name}-dry_run"), ".png").resolve()
     return [*lines, f"one step went well; wrote {replace(path, picture.save)}, and nothing else"]
 
 

@@ -40,7 +40,8 @@ def cosine(t, offset=0.008):
 
 
 def sigmoid(t, start=-3.0, end=3.0):
-    """alpha² is a sigmoid from `start` to `end`, rescaled. Jabri et al. 2022, algorithm 1."""
+    """alpha² is a sigmoid from `start` to `end`, rescaled. Jabri et al. 2022; Chen 2023, algorithm
+    1."""
     first, last = (1 / (1 + math.exp(-x)) for x in (start, end))
     alpha2 = (last - torch.sigmoid(start + t * (end - start))) / (last - first)
     return torch.logit(alpha2.clamp_min(0))
@@ -73,7 +74,7 @@ LEVELS = ("stratified", "uniform", "log_normal", "importance")
 def betas(name, timesteps):
     """The table of T betas, (T,) float64: `linear` is Ho et al. 2020, section 4 (scaled to T
     steps), `scaled_linear` the same of their roots; the others are 1 - alpha²(t + 1/T) / alpha²(t),
-    at most MAX_BETA (Nichol & Dhariwal 2021, eq. 18)."""
+    at most MAX_BETA (Nichol & Dhariwal 2021, eq. 17)."""
     ends = {"linear": (0.02, 1e-4, 1), "scaled_linear": (0.012, 0.00085, 2)}.get(name)
     if ends:  # from the noisy end: a single step is all noise
         last, first, power = ends
@@ -113,7 +114,7 @@ class Monotone(nn.Module):
             return torch.sigmoid(2 * (t[..., None] * self.units - places)) @ share
 
         share = torch.softmax(self.weight, dim=0).to(t.dtype)
-        low, high = rise(t.new_zeros(1)), rise(t.new_ones(1))
+        low, high = rise(t.new_zeros(())), rise(t.new_ones(()))
         return self.ends[0] + (self.ends[1] - self.ends[0]) * (rise(t) - low) / (high - low)
 
 

@@ -69,7 +69,7 @@ def test_inpainting_keeps_what_is_not_masked():
     mask[:, 2:] = True
     change = editing.inpaint(x0, mask, grid, 10, 3, 0, torch.arange(3))
     path = change["grid"]
-    # 30 steps, and twice more the ten that end at steps 10 and 20; the last stand as they are
+    # 30 steps, and twice more the ten that end at steps 19 and 29, the cleanest level with noise
     assert (path.diff() > 0).sum() == 30 + 2 * 2 * 10
     assert (path.diff() < 0).sum() == 4
     noise = lambda: torch.randn(3, 1, 4, 4)  # noqa: E731
@@ -172,6 +172,8 @@ def test_items_come_from_pictures_and_arrays(tmp_path):
         (np.zeros((3, 9, 8, 1)), ValueError, "expected"),
         (np.full((3, 1, 8, 8), math.nan), ValueError, "finite"),
         (np.zeros((0, 8, 8), np.uint8), ValueError, "expected"),
+        (np.full((3, 8, 8, 1), 200.0), ValueError, "expected"),
+        (np.full((3, 1, 8, 8), 200.0), ValueError, "beyond -1 to 1"),
         (np.array(["a"]), OSError, "numbers"),
         (np.array([{}], dtype=object), OSError, "cannot be read"),
     ],
@@ -195,7 +197,27 @@ def test_masks(tmp_path):
         assert loaded[0, 0].tolist() == (mask > 0).tolist()
     np.save(tmp_path / "p.npy", np.array([0, 1]))
     assert editing.load_mask(tmp_path / "p.npy", (2,)).tolist() == [[False, True]]
-    for wrong in (mask * 0, mask * 0 + 1, np.zeros((5, 8))):
+    for wrong in (mask * 0, mask * 0 + 1, np.eye(5, 8), np.ones((1, 2, 6, 8))):
         np.save(tmp_path / "w.npy", wrong)
         with pytest.raises(ValueError, match="--mask"):
             editing.load_mask(tmp_path / "w.npy", (3, 6, 8))
+    np.save(tmp_path / "w.npy", np.eye(5)[0])
+    with pytest.raises(ValueError, match="--mask"):
+        editing.load_mask(tmp_path / "w.npy", (2,))
+
+
+def test_noise_is_not_taken_from_pictures(tmp_path):
+    np.savez(tmp_path / "a.npz", images=np.zeros((2, 8, 8, 1), np.uint8))
+    with pytest.raises(OSError, match="noise"):
+        editing.load(tmp_path / "a.npz", (1, 8, 8), ["noise"])
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ValueError, match="npy"):
+        editing.load(tmp_path / "a.png", (1, 8, 8), ["noise"])
+
+
+def test_a_level_alone_cannot_be_inverted():
+    schedule = Schedule("cosine", 1)
+    with pytest.raises(ValueError, match="--steps 1"):
+        editing.inverted(
+            None, torch.zeros(1, 2), SimpleNamespace(schedule=schedule), schedule.grid(1)
+        )

@@ -224,6 +224,14 @@ def test_grid_refuses(steps):
         Schedule("cosine", 10).grid(steps)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3)])
+def test_t_may_have_any_shape(name, shape):
+    for timesteps in (0, 10):
+        if name != "learned" or not timesteps:
+            assert Schedule(name, timesteps).log_snr(torch.full(shape, 0.5)).shape == shape
+
+
 def test_unknown_schedule_is_named():
     with pytest.raises(ValueError, match=r"'cubic'.*cosine"):
         Schedule("cubic")

@@ -336,7 +336,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
         ("--zero_terminal_snr --timesteps 1", "--zero_terminal_snr"),
         ("--zero_terminal_snr --weighting bound", "--weighting"),
         ("--levels log_normal --weighting bound", "--levels"),
-        ("--shift 0", "--shift"),
+        ("--shift 1e-300", "--shift"),
+        ("--label_dropout 0.5", "--conditional"),
+        ("--negative_slope 0.3 --activation silu", "--negative_slope"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_code_2(tmp_path, flags, word):
@@ -382,12 +384,18 @@ def test_a_wrong_flag_is_one_line_and_code_2(tmp_path, flags, word):
         ("--mc_dropout 1", "--mc_dropout"),
         ("--mc_dropout 4", "--dropout"),
         ("--mc_dropout 4 --format gif", "gif"),
-        ("--image x.png", "x.png"),
-    ],
+        ("--image x.png", "expected"),
+        ("--mc_dropout 3 --out x.gif", "gif"),
+        ("--reconstruct x.npy --churn 2 --sampler ddim", "--churn"),
+    ]
+    + [(f"--{name} =", "expected a path") for name in ("image", "inpaint", "reconstruct", "noise")],
 )
 def test_generate_refuses(trained, tmp_path, flags, word):
     path = trained / "moons" / "model.pth"
-    assert word in refused("generate.py", "--checkpoint", path, *flags.split(), cwd=tmp_path)
+    flags = ["" if flag == "=" else flag for flag in flags.split()]
+    if "--inpaint" in flags and "" in flags:
+        flags += ["--mask", "x.npy"]
+    assert word in refused("generate.py", "--checkpoint", path, *flags, cwd=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -407,7 +415,7 @@ TRAIN_LINES = [
     "--channels 3 --image_size 8x10 --test_fraction 0.5 --label_dropout 0.2 --conditional "
     "--multipliers 1,2 --patch 2 --attention 2 --dataset {pictures}",
     "--schedule scaled_linear --zero_terminal_snr --levels uniform --weighting p2 --loss huber "
-    "--norm group --activation silu --dropout 0.1 --init xavier --negative_slope 0.2",
+    "--norm group --activation silu --dropout 0.1 --init xavier",
     "--levels importance --weighting bound --optimizer adamw --lr 0.01 --lr_schedule linear "
     "--warmup 2 --noise_draws 2 --weight_decay 0 --grad_clip 0 --grad_accumulation 2 "
     "--ema_decay 0.9",
@@ -416,7 +424,7 @@ TRAIN_LINES = [
     *(f"--schedule {name} --timesteps 20" for name in ("linear", "sigmoid", "cosine")),
     *(f"--predict {name}" for name in ("x0", "eps", "v")),
     *(f"--weighting {n}" for n in ("uniform", "snr", "truncated_snr", "v", "flow", "min_snr")),
-    *(f"--loss l1 --activation {name}" for name in ("relu", "leaky_relu")),
+    *("--loss l1 --activation relu", "--loss mse --activation leaky_relu --negative_slope 0.2"),
     "--norm none --init default --lr_schedule constant",
     "--norm batch --init kaiming --lr_schedule cosine",
 ]  # fmt: skip
@@ -509,7 +517,8 @@ def test_every_option_is_run_by_some_test(script, capsys):
 
 def test_samples_of_an_edit_do_not_depend_on_the_batch(given, tmp_path):
     for line in ("--image {array}", "--inpaint {array} --mask {mask}", "--mc_dropout 3",
-                 "--interpolate {array}", "--sampler heun --churn 8"):  # fmt: skip
+                 "--interpolate {array}", "--reconstruct {array} --label 0,1,2,3",
+                 "--sampler heun --churn 8"):  # fmt: skip
         flags = ["--checkpoint", given["run"], *line.format(**given).split(), "--steps", 4]
         arrays = []
         for size in (7, 2):
@@ -520,6 +529,46 @@ def test_samples_of_an_edit_do_not_depend_on_the_batch(given, tmp_path):
                 arrays.append({name: npz[name].astype(float) for name in npz.files})
         for name in arrays[0]:
             np.testing.assert_allclose(arrays[0][name], arrays[1][name], atol=1.01, err_msg=line)
+
+
+def test_noise_of_a_reconstruction_gives_it_back(given, tmp_path):
+    flags = ["--checkpoint", DIGITS, "--steps", 30]
+    run("generate.py", *flags, "--reconstruct", given["array"], "--format", "npz", "--out", "r",
+        cwd=tmp_path)  # fmt: skip
+    run("generate.py", *flags, "--noise", "r/samples.npz", "--out", "n.npz", cwd=tmp_path)
+    a, b = (np.load(tmp_path / p)["images"].astype(float) for p in ("r/samples.npz", "n.npz"))
+    assert abs(a - b).mean() < 1
+    assert abs(a[..., 0] - np.load(given["array"])).mean() < 6
+
+
+def test_a_learned_schedule_goes_through_all_scripts(given, tmp_path):
+    run("train.py", *TINY, "--schedule", "learned", "--max_steps", 3, cwd=tmp_path)
+    path = tmp_path / "checkpoints" / "digits" / "last.pth"
+    for i, edit in enumerate(("--reconstruct", "--interpolate", "--image")):
+        run("generate.py", "--checkpoint", path, edit, given["array"], "--out", f"{i}.png",
+            cwd=tmp_path)  # fmt: skip
+    few = ["--test_items", 30, "--num_samples", 30, "--out", "e"]
+    run("evaluate.py", "--checkpoint", path, *few, cwd=tmp_path)
+    run("train.py", "--resume", path, "--max_steps", 5, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("flags", ["--timesteps 3", "--timesteps 1", "--zero_terminal_snr"])
+def test_few_steps_and_noise_alone_go_through_all_scripts(given, tmp_path, flags):
+    run("train.py", *TINY, *flags.split(), "--max_steps", 3, cwd=tmp_path)
+    path = tmp_path / "checkpoints" / "digits" / "last.pth"
+    few = ["--test_items", 30, "--num_samples", 30, "--out", "e"]
+    run("evaluate.py", "--checkpoint", path, *few, cwd=tmp_path)
+    run("generate.py", "--checkpoint", path, "--image", given["array"], cwd=tmp_path)
+    if flags != "--timesteps 1":
+        run("generate.py", "--checkpoint", path, "--reconstruct", given["array"], cwd=tmp_path)
+
+
+def test_samples_that_become_infinite_are_not_written(given, tmp_path):
+    np.save(tmp_path / "huge.npy", np.full((4, 1, 8, 8), 1e38))
+    flags = ["--noise", "huge.npy", "--out", "a.npz"]
+    said = refused("generate.py", "--checkpoint", given["run"], *flags, cwd=tmp_path, code=1)
+    assert "infinite" in said
+    assert [p.name for p in tmp_path.iterdir()] == ["huge.npy"]
 
 
 def test_points_are_edited_too(trained, tmp_path):
