@@ -22,38 +22,22 @@ from ddp.config import Config
 from ddp.model import DiffusionModel
 
 FORMAT = 1
-INFERENCE = {
-    "format": int,
-    "step": int,
-    "config": dict,
-    "event": list,
-    "classes": list,
-    "ema": dict,
-    "provenance": dict,
-}
-TO_GO_ON = {
-    "model": dict,
-    "optimizer": list,
-    "scaler": dict,
-    "best": (float, type(None)),
-    "seconds": (float, int),
-}
+INFERENCE = dict(format=int, step=int, config=dict, event=list, classes=list, ema=dict)
+INFERENCE |= dict(provenance=dict)
+TO_GO_ON = dict(model=dict, optimizer=list, scaler=dict)
+TO_GO_ON |= dict(best=(float, type(None)), seconds=(float, int))
 LARGEST_EVENT = 1 << 24  # numbers in an item; more is not an item but an attack
 
 
 def provenance(dataset):
     """Where a checkpoint comes from: versions, the git commit of the code if any, the data."""
     root = Path(__file__).parent.parent
-    git = (
-        subprocess.run(
-            ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            check=False,
+    git = None
+    if (root / ".git").exists():
+        describe = ["git", "-C", root, "describe", "--always", "--dirty", "--abbrev=40"]
+        git = subprocess.run(
+            [*describe, "--exclude=*"], capture_output=True, text=True, check=False
         )
-        if (root / ".git").exists()
-        else None
-    )
     return {
         "torch": str(torch.__version__),
         "numpy": np.__version__,

@@ -140,39 +140,27 @@ class Config:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check(field, getattr(self, field.name))
-        if not self.dataset or (self.name and self.name != Path(self.name).name):
-            wrong = "--dataset" if not self.dataset else f"--name {self.name}"
-            raise ValueError(
-                f"{wrong}: expected a name; a place is given by --data_dir or --out_dir"
-            )
-        if self.norm == "batch" and self.batch_size == 1:
-            raise ValueError(
-                "--batch_size 1 gives BatchNorm nothing to average; use 2 or more, or --norm"
-            )
+        named = not self.name or self.name == Path(self.name).name
+        lone = self.norm == "batch" and self.batch_size == 1
         learned = self.schedule == "learned"
         if self.timesteps is None:
             self.timesteps = 0 if learned else 1000
         if self.weighting is None:
             self.weighting = "bound" if learned else SUITING[self.predict]
         zero, bound = self.zero_terminal_snr, self.weighting == "bound"
+        hides, slopes = self.label_dropout != 0.1, self.negative_slope != 0.01
         refuse(
-            (
-                self.label_dropout != 0.1 and not self.conditional,
-                "--label_dropout needs --conditional",
-            ),
-            (
-                self.negative_slope != 0.01 and self.activation != "leaky_relu",
-                "--negative_slope is for --activation leaky_relu",
-            ),
+            (not self.dataset, "--dataset: expected a name; a place is given by --data_dir"),
+            (not named, f"--name {self.name}: expected a name; a place is given by --out_dir"),
+            (lone, "--batch_size 1 gives BatchNorm nothing to average; use 2 or more, or --norm"),
+            (hides and not self.conditional, "--label_dropout needs --conditional"),
+            (slopes and self.activation != "leaky_relu", "--negative_slope is for leaky_relu"),
             (learned and self.timesteps, f"--timesteps {self.timesteps}: learned is continuous"),
             (learned and zero, "--zero_terminal_snr: learned trains its own ends"),
             (learned and self.levels != "stratified", "--levels: learned draws its own"),
             (learned and not bound, "--weighting: learned is trained on the bound"),
             (learned and self.loss != "mse", "--loss: learned is trained on the bound, of mse"),
-            (
-                zero and self.predict == "eps",
-                "--zero_terminal_snr needs another --predict than eps",
-            ),
+            (zero and self.predict == "eps", "--zero_terminal_snr: eps is no --predict for it"),
             (zero and self.timesteps == 1, "--zero_terminal_snr: one step cannot be both ends"),
             (zero and bound, "--weighting bound is infinite with --zero_terminal_snr"),
             (bound and self.levels == "log_normal", "--levels log_normal: bound weighs the levels"),

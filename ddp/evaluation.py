@@ -78,13 +78,8 @@ def distance(dataset, drawn):
         torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
     ]
     ours, floor = (measure(features(items[:count]), test) for items in (drawn, train))
-    return {
-        "name": name,
-        "value": ours,
-        "floor": floor,
-        "ratio": ours / floor if floor else None,
-        "count": count,
-    }
+    ratio = ours / floor if floor else None
+    return {"name": name, "value": ours, "floor": floor, "ratio": ratio, "count": count}
 
 
 def table(results):

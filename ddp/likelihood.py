@@ -111,13 +111,6 @@ def losses(model, x0, indices, seed=0, count=10, label=None):
         x0_hat = denoised(model, x0, log_snr.expand(len(x0)), seed, step, indices, label)
         error = ((x0_hat - x0) ** 2).flatten(1).mean(dim=1).cpu()
         snr = log_snr.exp().item()
-        rows.append(
-            {
-                "t": t,
-                "log_snr": max(log_snr.item(), NOISIEST),
-                "x0": error,
-                "eps": snr * error,
-                "v": (1 + snr) * error,
-            }
-        )
+        error = {"x0": error, "eps": snr * error, "v": (1 + snr) * error}
+        rows.append({"t": t, "log_snr": max(log_snr.item(), NOISIEST)} | error)
     return rows

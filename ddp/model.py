@@ -26,13 +26,8 @@ class DiffusionModel(nn.Module):
     def __init__(self, config, event, classes=0):
         super().__init__()
         self.event, self.classes, self.predict = tuple(event), classes, config.predict
-        self.schedule = Schedule(
-            config.schedule,
-            config.timesteps,
-            config.shift,
-            config.zero_terminal_snr,
-            config.levels,
-        )
+        names = ("schedule", "timesteps", "shift", "zero_terminal_snr", "levels")
+        self.schedule = Schedule(*(getattr(config, name) for name in names))
         # whether the network has learned to do without a label, too
         self.drops_label = bool(classes) and config.label_dropout > 0
         self.network = reverse_network(self.event, classes=classes, **config.network())

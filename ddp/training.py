@@ -202,13 +202,8 @@ class Trainer:
         moments = [v for s in states for v in s.values() if torch.is_tensor(v)]
         size = sum(w.nbytes() for w in weights)
         activations = sum(saved.values()) - sum(saved.get(w.data_ptr(), 0) for w in weights)
-        return {
-            "weights": size,
-            "their average": size,
-            "gradients": size,
-            "optimiser": sum(m.nbytes for m in moments),
-            "activations": activations,
-        }
+        parts = dict.fromkeys(("weights", "their average", "gradients"), size)
+        return parts | {"optimiser": sum(m.nbytes for m in moments), "activations": activations}
 
     @torch.no_grad()
     def average(self):

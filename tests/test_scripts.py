@@ -563,6 +563,31 @@ def test_few_steps_and_noise_alone_go_through_all_scripts(given, tmp_path, flags
         run("generate.py", "--checkpoint", path, "--reconstruct", given["array"], cwd=tmp_path)
 
 
+def test_what_does_not_belong_together_is_refused(given, trained, tmp_path):
+    run("train.py", *TINY, "--conditional", "--label_dropout", 0, "--max_steps", 2, cwd=tmp_path)
+    bare, digits = tmp_path / "checkpoints" / "digits" / "model.pth", given["run"]
+    moons = trained / "moons" / "model.pth"
+    np.save(tmp_path / "masks.npy", np.eye(8)[None].repeat(2, axis=0))
+    inpaint = ["--inpaint", given["array"], "--mask"]
+    for path, flags, word in (
+        (digits, ["--guidance", 2, "--guide", moons], "--guide"),
+        (bare, ["--guidance", 2], "label"),
+        (bare, ["--image", given["array"]], "--label"),
+        (digits, [*inpaint, "masks.npy"], "2 masks for 3"),
+        (digits, [*inpaint, given["mask"], "--jump", 30, "--steps", 20], "--jump"),
+        (digits, ["--reconstruct", moons], "no picture"),
+        (digits, ["--interpolate", given["array"], "--steps", 2000], "--steps"),
+        (digits, ["--guidance", 2, "--guidance_interval", 3, -3], "LOW"),
+    ):  # fmt: skip
+        code = 1 if word == "no picture" else 2
+        out = ["--checkpoint", path, "--out", "new/deep/s"]
+        assert word in refused("generate.py", *out, *flags, cwd=tmp_path, code=code)
+        assert not (tmp_path / "new").exists()
+    np.save(tmp_path / "one.npy", np.zeros((1, 8, 8), np.uint8))
+    one = ["--checkpoint", digits, "--interpolate", "one.npy"]
+    assert "two" in refused("generate.py", *one, cwd=tmp_path)
+
+
 def test_samples_that_become_infinite_are_not_written(given, tmp_path):
     np.save(tmp_path / "huge.npy", np.full((4, 1, 8, 8), 1e38))
     flags = ["--noise", "huge.npy", "--out", "a.npz"]
