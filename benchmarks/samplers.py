@@ -96,10 +96,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--data_dir", help="where the dataset lies, if it has moved")
-    parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 20, 50, 100])
-    parser.add_argument("--spacings", nargs="+", choices=SPACINGS, default=list(SPACINGS))
+    parser.add_argument("--evaluations", type=int, nargs="+", default=[5, 10, 20, 50])
+    parser.add_argument(
+        "--spacings", nargs="+", choices=SPACINGS, default=[None], help="(default: what suits each)"
+    )
     parser.add_argument("--samples", type=int, default=2000, help="at most as many as test items")
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="samplers.json")
     args = parser.parse_args()
     if args.seeds < 2:

@@ -124,8 +124,8 @@ def rehearse(trainer, folder):
     schedule, config = trainer.model.schedule, trainer.config
     memory = trainer.memory()
     clean, noisy = (schedule.log_snr(t).item() for t in (0.0, 1.0))
-    shown = f"{math.exp(noisy):.2g} at the end (log-SNR {noisy:.2f})"
-    lines = [f"schedule: {schedule.name}, SNR {math.exp(clean):.3g} at the start, {shown}"]
+    ends = f"{math.exp(clean):.3g} at the start, terminal SNR {math.exp(noisy):.2g}"
+    lines = [f"schedule: {schedule.name}, SNR {ends} (log-SNR {clean:.2f} to {noisy:.2f})"]
     if math.exp(noisy) > LEAK:
         shift = config.shift * math.exp(noisy / 2) / math.sqrt(LEAK) + 0.1
         allowed = config.predict != "eps" and config.weighting != "bound" and config.timesteps != 1

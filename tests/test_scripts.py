@@ -281,7 +281,7 @@ def test_nothing_is_overwritten(trained, tmp_path):
 def test_a_dry_run_tells_and_draws(tmp_path):
     out = run("train.py", *TINY, "--dry-run", "--schedule", "scaled_linear", cwd=tmp_path)
     assert "parameters" in out
-    assert "0.0047 at the end" in out  # the published figure: Lin et al. 2024, table 1
+    assert "terminal SNR 0.0047" in out  # the published figure: Lin et al. 2024, table 1
     assert "warning" in out
     assert "effective weight" in out
     assert "activations" in out
