@@ -62,8 +62,7 @@ def main(args):
     levels = evaluation.loss_by_level(*what, progress("loss"))
     bound = evaluation.bound(*what, args.draws, progress("bound"))
     number = min(args.num_samples, count)
-    drawing = {**options, "guide": guide}
-    drawn = evaluation.samples(model, number, size, args.seed, drawing, progress("samples"))
+    drawn = evaluation.samples(model, number, size, args.seed, options, progress("samples"))
     results = {
         "schema": evaluation.SCHEMA,
         "checkpoint": str(Path(args.checkpoint).resolve()),

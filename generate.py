@@ -80,7 +80,7 @@ def main(args):
     where = device.pick_device(args.device)
     model, settings, state = load_model(args.checkpoint, args.weights, where)
     guide = load_model(sampling.guide, "ema", where)[0] if sampling.guide else None
-    options = {**sampling.options(model, guide), "guide": guide}
+    options = sampling.options(model, guide)
     chosen = reverse.chosen_labels(model, state["classes"], args.label)
     edit = editing.Edit(model, args, options)
     print(*edit.found, sep="\n", end="\n" * bool(edit.found))

@@ -1,6 +1,6 @@
 """The variance of the bound's estimate under each noise schedule, on one model.
 
-python benchmarks/schedules.py --checkpoint checkpoints/digits-learned/model.pth
+python benchmarks/schedules.py --checkpoint checkpoints/learned/model.pth
 
 The model knows of the noise level only, so the diffusion term of its bound can be estimated with
 any schedule between the same two ends: the mean is one, the variance is not. Every schedule is cut
@@ -69,9 +69,8 @@ def main():
     args = parser.parse_args()
     model, config, _ = load_model(args.checkpoint)
     x0 = to_float(data.load(**config.data()).test[:2000])
-    schedule.TIME_MARGIN = (
-        1e-12  # the fixed schedules are cut by the model's ends, not by their own
-    )
+    # the fixed schedules are cut by the model's ends, not by their own
+    schedule.TIME_MARGIN = 1e-12
     schedules = {"the model's": model.schedule, "even in log-SNR": Line(model.schedule)}
     for name in ("linear", "cosine", "sigmoid", "karras", "flow"):
         schedules[name] = Schedule(name, 0)

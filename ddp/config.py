@@ -148,7 +148,8 @@ class Config:
         if self.weighting is None:
             self.weighting = "bound" if learned else SUITING[self.predict]
         zero, bound = self.zero_terminal_snr, self.weighting == "bound"
-        hides, slopes = self.label_dropout != 0.1, self.negative_slope != 0.01
+        hides = self.label_dropout != Config.label_dropout
+        slopes = self.negative_slope != Config.negative_slope
         refuse(
             (not self.dataset, "--dataset: expected a name; a place is given by --data_dir"),
             (not named, f"--name {self.name}: expected a name; a place is given by --out_dir"),
@@ -239,7 +240,7 @@ class Sampling:
         )
 
     def options(self, model, guide=None):
-        """The keyword arguments of ddp.reverse.generate but `guide`, a model or None.
+        """The keyword arguments of ddp.reverse.generate. guide: the model in `self.guide`, or None.
 
         Raises ValueError when they do not fit the model or each other."""
         sampler = self.sampler or (DEFAULT_SAMPLER if self.eta is None else "ddim")
@@ -263,12 +264,9 @@ class Sampling:
         )
         model.schedule.grid(steps)
         options = dataclasses.asdict(self)
-        options.update(sampler=sampler, steps=steps, spacing=self.spacing or spacing)
-        options.update(
-            eta=self.eta or 0.0, clip=self.clip or ("static" if model.is_image else "none")
-        )
-        del options["guide"]
-        return options
+        options.update(sampler=sampler, steps=steps, spacing=self.spacing or spacing, guide=guide)
+        clip = self.clip or ("static" if model.is_image else "none")
+        return options | {"eta": self.eta or 0.0, "clip": clip}
 
 
 # What may change when a run is resumed. All else would make it another run.

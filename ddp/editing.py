@@ -80,8 +80,8 @@ def load_mask(path, event):
         mask = torch.from_numpy(array.astype(bool))
         mask = mask[None] if mask.ndim < max(len(event), 2) else mask
         mask = mask[:, None] if len(event) == mask.ndim == 3 else mask
-    wanted = [(channels, *event[1:]) for channels in {event[0], 1 if len(event) == 3 else event[0]}]
-    if tuple(mask.shape[1:]) not in wanted:
+    channels = (1, event[0]) if len(event) == 3 else (event[0],)
+    if mask.shape[1] not in channels or tuple(mask.shape[2:]) != tuple(event[1:]):
         raise ValueError(f"--mask {path}: {tuple(mask.shape)} does not fit items of {event}")
     if not mask.any() or mask.all():
         raise ValueError(f"--mask {path}: expected some of it light, to fill in, and some dark")
@@ -230,8 +230,11 @@ class Edit:
             if self.given is None:
                 ends = [normal(args.seed, "start", 0, 2 * row + k, event) for k in (0, 1)]
                 return {"xt": slerp(*ends, share)}
-            ends = [self.inverted(row + k, label, grid) for k in (0, 1)]
-            return {"xt": slerp(ends[0][0], ends[1][0], share), "grid": ends[0][1]}
+            # a row's frames have one label and the same ends, which are inverted once
+            rows, back = row.unique(return_inverse=True)
+            label = None if label is None else label[(row == rows[:, None]).int().argmax(dim=1)]
+            (first, levels), (last, _) = (self.inverted(rows + k, label, grid) for k in (0, 1))
+            return {"xt": slerp(first[back], last[back], share), "grid": levels}
         if self.given is None:
             return {}
         x0 = self.given[indices.cpu() % len(self.given)].to(device)

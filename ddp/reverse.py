@@ -125,12 +125,10 @@ STOCHASTIC = ("ddpm", "ddpm_large", "dpm++sde")
 CHURNABLE = ("euler", "heun")
 
 
-def churned(xt, log_snr, share, noise):
-    """(xt, log_snr) with sigma / alpha raised by `share`, by a step of the forward network. Karras
-    et al. 2022, algorithm 2, lines 4-6 (S_noise = 1)."""
-    noisier = log_snr - 2 * math.log1p(share)
-    mean, variance = transition(xt, log_snr, noisier)
-    return mean + variance.sqrt() * noise(), noisier
+def noised(xs, log_snr, next_log_snr, noise):
+    """One step of the forward network, a draw from q(xt | xs) at a noisier level."""
+    mean, variance = transition(xs, log_snr, next_log_snr)
+    return mean + variance.sqrt() * noise()
 
 
 def sample(denoise, xt, grid, sampler="ddim", noise=None, churn=0.0, project=None, **options):
@@ -139,16 +137,17 @@ def sample(denoise, xt, grid, sampler="ddim", noise=None, churn=0.0, project=Non
     denoise: (xt, log_snr (B,)) -> x0_hat. xt: the start, (B, *event), noise at grid[0]. grid:
     rising levels, to +inf for clean data (Schedule.grid); where they fall, noise is added again.
     noise: () -> N(0, I) like xt; needed by the samplers that draw it. churn: S_churn of Karras et
-    al. 2022. project: (xs, log_snr) -> xs, done after every step. options: eta."""
+    al. 2022, with S_noise = 1. project: (xs, log_snr) -> xs, done after every step. options:
+    eta."""
     step, corrector, history = SAMPLERS[sampler], CORRECTORS.get(sampler), []
     share = min(churn / (len(grid) - 1), math.sqrt(2) - 1)
     for log_snr, next_log_snr in itertools.pairwise(grid):
         if next_log_snr < log_snr:
-            mean, variance = transition(xt, log_snr, next_log_snr)
-            xt, history = mean + variance.sqrt() * noise(), []
+            xt, history = noised(xt, log_snr, next_log_snr, noise), []
             continue
-        if share and log_snr.isfinite():
-            xt, log_snr = churned(xt, log_snr, share, noise)
+        if share and log_snr.isfinite():  # sigma / alpha rises by `share`: algorithm 2, lines 4-6
+            quieter, log_snr = log_snr, log_snr - 2 * math.log1p(share)
+            xt = noised(xt, quieter, log_snr, noise)
         x0_hat = denoise(xt, log_snr.to(xt).expand(len(xt)))
         if corrector and history and project is None:  # else xt is no longer the step's
             xt = corrector(x0_hat, log_snr, history)

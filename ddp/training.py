@@ -179,6 +179,7 @@ class Trainer:
         schedule, size = self.model.schedule, x0[0].numel()
         clean, noisy = (schedule.log_snr(t).float() for t in (0.0, 1.0))
         indices = torch.arange(len(x0), device=self.device)
+        # of labels only uniform numbers are drawn: the normal ones of that stream are free
         eps = normal(self.config.seed, "label", step, indices, self.model.event)
         x0_hat = x0 + torch.exp(-0.5 * clean) * eps
         clean = clean.expand(len(x0))

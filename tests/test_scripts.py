@@ -517,7 +517,8 @@ def test_every_option_is_run_by_some_test(script, capsys):
 
 def test_samples_of_an_edit_do_not_depend_on_the_batch(given, tmp_path):
     for line in ("--image {array}", "--inpaint {array} --mask {mask}", "--mc_dropout 3",
-                 "--interpolate {array}", "--reconstruct {array} --label 0,1,2,3",
+                 "--interpolate {array}", "--interpolate {array} --label 0,1,2",
+                 "--reconstruct {array} --label 0,1,2,3",
                  "--sampler heun --churn 8"):  # fmt: skip
         flags = ["--checkpoint", given["run"], *line.format(**given).split(), "--steps", 4]
         arrays = []
