@@ -1,98 +1,118 @@
-"""Measure a model: python evaluate.py --checkpoint checkpoints/digits.pth"""
+"""Measure a model, or samples: python evaluate.py --checkpoint checkpoints/digits.pth"""
 
 import argparse
 import json
+import shlex
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
 
-from ddp import config, data, device, evaluation, output
-from ddp.checkpoint import load_model, replace
+from ddp import config, data, device, editing, evaluation, output, report
+from ddp.checkpoint import load_model
+
+QUIET = 0.1 if sys.stderr.isatty() else 10
 
 
 def parse(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
 
-    def add(name, **kwargs):
-        parser.add_argument(*config.spellings(name), dest=name, **kwargs)
+    def add(name, to=parser, **kwargs):
+        to.add_argument(*config.spellings(name), dest=name, **kwargs)
 
-    add("checkpoint", required=True, help="a checkpoint that train.py wrote")
-    add("test_items", type=int, default=2000, help="measure on the first so many (default: 2000)")
-    add("num_samples", type=int, default=2000, help="to judge; at most as many as test items")
+    what = parser.add_argument_group("what to measure").add_mutually_exclusive_group(required=True)
+    add("checkpoint", what, metavar="PATH", help="a checkpoint that train.py wrote")
+    add("samples", what, metavar="PATH", help="samples of --dataset: .npz, .npy, a folder, a .zip")
+    add("compare", what, nargs="+", metavar="PATH", help="checkpoints or samples, side by side")
+    add("metrics", help=f"some of {','.join(evaluation.METRICS)} (default: all but inception)")
+    add("reference", choices=("test", "train"), default="test", help="real items (default: test)")
+    add("test_items", type=int, default=2000, help="for the loss and the bound (default: 2000)")
+    add("exact_items", type=int, help="for the exact likelihood (default: 128, of points 2000)")
+    add("num_samples", type=int, default=2000, help="to judge; at most as many as real items")
     config.add_flags(parser, config.Sampling)
     add("draws", type=int, default=16, help="of the noise level for each item of the bound")
+    add("exact_draws", type=int, default=4, help="of dequantisation for each item")
     add("seed", type=int, default=0, help="of noise and samples (default: 0)")
-    add("out", help="folder for the results (default: a new one by the checkpoint)")
+    add("out", help="a new folder for the results (default: beside what is measured)")
+    add("dataset", help="of --samples: a name, or a folder or .zip of pictures")
+    add("image_size", type=config.image_size, help="of a --dataset of pictures: N, or HxW")
     add("data_dir", help="where the dataset lies, if it has moved")
     add("batch_size", type=int, default=250, help="items at a time")
     add("device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     add("weights", choices=("ema", "raw"), default="ema", help="averaged or raw (default: ema)")
+    add("inception_weights", metavar="PATH", help="for inception (default: downloaded)")
     return parser.parse_args(arguments)
 
 
-def main(args):
-    config.expect(args, test_items=2, num_samples=2, draws=1, batch_size=1, seed=0)
-    where = device.pick_device(args.device)
-    sampling = config.sampling_of(args)
-    model, settings, state = load_model(args.checkpoint, args.weights, where)
+def progress(name):
+    return lambda parts: tqdm(parts, desc=name, leave=False, mininterval=QUIET)
+
+
+def subjects_of(paths, args, where):
+    """(subjects, dataset): what lies at `paths`, and the data to judge it by."""
+    sampling, subjects, dataset = config.sampling_of(args), [], None
     guide = load_model(sampling.guide, "ema", where)[0] if sampling.guide else None
-    options = sampling.options(model, guide)
-    source = settings.data() | ({"data_dir": args.data_dir} if args.data_dir else {})
+    kinds = {path: Path(path).suffix == ".pth" or path == args.checkpoint for path in paths}
+    config.refuse(
+        (any(kinds.values()) and args.dataset, "--dataset is for samples; a checkpoint knows its"),
+        (not any(kinds.values()) and not args.dataset, "samples need a --dataset to be judged by"),
+    )
+    names = [Path(p).stem for p in paths]
+    names = names if len(set(names)) == len(names) else [str(Path(p)) for p in paths]
+    loaded = {p: load_model(p, args.weights, where) for p in paths if kinds[p]}
+    source = {"name": args.dataset, "image_size": args.image_size}
+    if loaded:
+        source = next(iter(loaded.values()))[1].data()
+    source |= {"data_dir": args.data_dir} if args.data_dir else {}
     dataset = data.load(**source, progress=tqdm)
     print(*dataset.describe(), sep="\n")
-    same_labels = not model.classes or dataset.classes == state["classes"]
-    if dataset.event != model.event or not same_labels or len(dataset.test) < 2:
-        raise ValueError(
-            f"the data, {dataset.event} of classes {dataset.classes}, is not what the model was "
-            f"trained on, {model.event} of classes {state['classes']}, or has too few test items"
-        )
-    if dataset.fingerprint != state["provenance"].get("fingerprint"):
-        print(
-            "warning: this is not the data that the model was trained on; its test items may have "
-            "been among the training items",
-            file=sys.stderr,
-        )
+    for name, path in zip(names, paths, strict=True):
+        if path in loaded:
+            model, _, state = loaded[path]
+            evaluation.check_fit(name, model, state, dataset)
+            options = sampling.options(model, guide)
+            about = {"checkpoint": str(Path(path).resolve()), "step": state["step"],
+                     "weights": args.weights, **options, "guide": sampling.guide,
+                     "provenance": state["provenance"]}  # fmt: skip
+            subjects.append(evaluation.Subject(name, about, model, options))
+        else:
+            items, found = editing.load_samples(path, dataset.event)
+            print(*found, sep="\n")
+            about = {"samples": str(Path(path).resolve()), "count": len(items)}
+            subjects.append(evaluation.Subject(name, about, drawn=items))
+    return subjects, dataset
 
-    def progress(name):
-        return lambda parts: tqdm(parts, desc=name, leave=False, disable=None)
 
-    count, size = min(args.test_items, len(dataset.test)), args.batch_size
-    what = (dataset, model, count, size, args.seed)
-    levels = evaluation.loss_by_level(*what, progress("loss"))
-    bound = evaluation.bound(*what, args.draws, progress("bound"))
-    number = min(args.num_samples, count)
-    drawn = evaluation.samples(model, number, size, args.seed, options, progress("samples"))
-    results = {
-        "schema": evaluation.SCHEMA,
-        "checkpoint": str(Path(args.checkpoint).resolve()),
-        "step": state["step"],
-        "provenance": state["provenance"],
-        "fingerprint": dataset.fingerprint,
-        "test_items": count,
-        "recipe": {
-            **options,
-            "guide": sampling.guide,
-            "weights": args.weights,
-            "seed": args.seed,
-            "draws": args.draws,
-        },
-        "loss_by_level": levels,
-        "bound": bound,
-        "quality": evaluation.distance(dataset, drawn),
-    }
-    print(*evaluation.table(results), sep="\n")
-    checkpoint = Path(args.checkpoint)
-    beside = checkpoint.with_name(f"{checkpoint.stem}-evaluation")
-    out = (Path(args.out) if args.out else output.free_path(beside)).resolve()
-    picture = evaluation.picture(results, drawn, dataset)
-    text = json.dumps(results, indent=1, allow_nan=False)
-    print(
-        "\nwrote",
-        replace(out / "evaluation.json", lambda path: path.write_text(text)),
-        replace(out / "evaluation.png", picture.save),
-        sep="\n  ",
+def main(args):
+    config.expect(args, test_items=2, num_samples=2, exact_items=2, draws=1, exact_draws=1,
+                  batch_size=1, seed=0)  # fmt: skip
+    paths = args.compare or [args.checkpoint or args.samples]
+    asks = "inception" in (args.metrics or "").split(",")
+    config.refuse(
+        (args.compare and len(set(paths)) < max(2, len(paths)), "--compare: give different paths"),
+        (args.image_size and not args.dataset, "--image_size is for a --dataset of pictures"),
+        (args.inception_weights and not asks, "--inception_weights is for --metrics inception"),
     )
+    first = Path(paths[0])
+    beside = first.with_name(f"{first.stem}-evaluation")
+    out = output.free(Path(args.out)) if args.out else output.free_path(beside)
+    started, where = time.monotonic(), device.pick_device(args.device)
+    subjects, dataset = subjects_of(paths, args, where)
+    metrics = evaluation.chosen(args.metrics, dataset.is_image, [s.model for s in subjects])
+    results, pictures = evaluation.evaluate(subjects, dataset, metrics, args, where, progress)
+    results["recipe"]["command"] = shlex.join(["python", *sys.argv])
+    results["seconds"] = time.monotonic() - started
+    print(*report.text(results), sep="\n")
+    page = report.page(results, [pictures[s.name] for s in subjects])
+    with output.whole_folder(out) as folder:
+        (folder / "evaluation.json").write_text(json.dumps(results, indent=1, allow_nan=False))
+        (folder / "evaluation.html").write_text(page, encoding="utf-8")
+        for subject in subjects:
+            for caption, picture in pictures[subject.name].items():
+                file = caption.split(",")[0].replace(" ", "_") + ".png"
+                picture.save(folder / (file if len(subjects) == 1 else f"{subject.name}-{file}"))
+    print(f"\n{results['seconds']:.0f} s, wrote", *sorted(out.absolute().iterdir()), sep="\n  ")
     return 0
 
 

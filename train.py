@@ -52,9 +52,10 @@ def main(given):
     resume, dry_run = given.pop("resume", None), given.pop("dry_run", False)
     settings, source, state = run.settings(given, resume)
     where = device.pick_device(settings.device)
-    precision = device.pick_precision(settings.precision, where)
+    device.pick_precision(settings.precision, where)  # refused before anything is downloaded
     dataset = data.load(**settings.data(), progress=tqdm)
     settings = settings.for_data(dataset)
+    precision = device.pick_precision(settings.precision, where)
     folder = run.folder(settings, given, source, state)
     trainer = Trainer(settings, dataset, where, precision)
     if state:

@@ -60,15 +60,14 @@ def measure(variant, args):
             return {"variant": name_of(variant), "diverged": step}
     seconds = time.monotonic() - started
     model = trainer.average()
-    count = min(args.samples, len(dataset.test))
-    options = Sampling().options(model)
-    drawn = evaluation.samples(model, count, 250, 0, options, iter)
-    levels = evaluation.loss_by_level(dataset, model, count, 250, 0, iter)
+    setting = evaluation.Setting(dataset, args.samples)
+    drawn = evaluation.draw(model, setting, Sampling().options(model))
+    levels = evaluation.loss(model, setting, args.samples)
     return {
         "variant": name_of(variant),
         "step_ms": 1000 * seconds / steps,
-        "v_loss": sum(row["v"]["mean"] for row in levels) / len(levels),
-        "distance": evaluation.distance(dataset, drawn),
+        "v_loss": sum(row["v"].value for row in levels) / len(levels),
+        "ratio": evaluation.distance_ratio(drawn, setting),
         "config": dataclasses.asdict(trainer.config),
     }
 
@@ -98,7 +97,7 @@ def main():
         first = rows[0]
         print(
             f"{row['variant']:<28} {row['v_loss']:8.4f} {row['v_loss'] / first['v_loss']:17.3f} "
-            f"{row['distance']['ratio']:15.2f} {row['step_ms'] / first['step_ms']:8.2f}x",
+            f"{row['ratio']:15.2f} {row['step_ms'] / first['step_ms']:8.2f}x",
             flush=True,
         )
     Path(args.out).write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))

@@ -3,8 +3,9 @@
 python benchmarks/samplers.py --checkpoint checkpoints/digits.pth
 
 Quality is the distance of samples to the test split over its floor, the distance of as many
-training items (ddp/evaluation.py), as mean ± standard error over seeds; every sampler starts from
-the same noise. Prints a table and writes it to JSON, with a figure."""
+training items (ddp/evaluation.py: Frechet of pixels, 2-Wasserstein of points), as mean ± standard
+error over seeds; every sampler starts from the same noise. Prints a table and writes it to JSON,
+with a figure."""
 
 import argparse
 import json
@@ -17,10 +18,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ddp import data, device, evaluation
+from ddp import data, device, evaluation, features
 from ddp.checkpoint import load_model
 from ddp.config import Sampling
-from ddp.quality import pixel_features
+from ddp.quality import Estimate
 from ddp.reverse import SAMPLERS
 from ddp.schedule import SPACINGS
 
@@ -43,37 +44,30 @@ def name_of(options):
     return options["sampler"] + (f" eta {options['eta']:g}" if options["eta"] else "")
 
 
-def reader(dataset):
-    """A function of items: the share that a classifier of the training items is 90% sure of; None
-    when there are no labels."""
-    if dataset.train_labels is None:
-        return None
-    from sklearn.neural_network import MLPClassifier
-
-    network = MLPClassifier((128,), random_state=0, max_iter=500)
-    network.fit(pixel_features(dataset.train[:10_000]), dataset.train_labels[:10_000])
-    return lambda items: (network.predict_proba(pixel_features(items)).max(axis=1) > 0.9).mean()
-
-
-def measure(model, dataset, recipe, used, args, read):
+def measure(model, dataset, recipe, used, args, judge):
     """One row of the table."""
-    options, values, seconds, named = recipe.options(model), [], 0.0, []
-    count = min(args.samples, len(dataset.test))
+    options, ratios, seconds, named = recipe.options(model), [], 0.0, []
     for seed in range(args.seeds):
+        setting = evaluation.Setting(dataset, args.samples, seed, args.samples)
         started = time.monotonic()
-        drawn = evaluation.samples(model, count, count, seed, options, iter)
+        drawn = evaluation.draw(model, setting, options)
         seconds += time.monotonic() - started
-        values.append(evaluation.distance(dataset, drawn)["ratio"])
-        named += [read(drawn)] if read else []
+        ratios.append(evaluation.distance_ratio(drawn, setting))
+        named += [judged(judge, drawn)] if judge else []
     return {
         "sampler": name_of(options),
         "spacing": options["spacing"],
         "evaluations": used,
-        "ratio": evaluation.figure(torch.tensor(values)),
+        "ratio": evaluation.plain(Estimate.mean(torch.tensor(ratios))),
         "named": sum(named) / len(named) if named else None,
         "seconds": seconds / args.seeds,
-        "samples": count,
+        "samples": setting.count,
     }
+
+
+def judged(judge, items):
+    """The share of items that the judge is sure of."""
+    return (judge.of(items)[1].amax(dim=1) > evaluation.NAMED).double().mean().item()
 
 
 def draw(rows):
@@ -84,7 +78,7 @@ def draw(rows):
         best = {}
         for row in (r for r in rows if r["sampler"] == sampler):
             n = row["evaluations"]
-            best[n] = min(best.get(n, row["ratio"]["mean"]), row["ratio"]["mean"])
+            best[n] = min(best.get(n, row["ratio"]["value"]), row["ratio"]["value"])
         axes.plot(sorted(best), [best[n] for n in sorted(best)], "o-", label=sampler)
     axes.set(xscale="log", yscale="log", xlabel="network evaluations", ylabel="distance / floor")
     axes.grid(alpha=0.3, which="both")
@@ -109,18 +103,18 @@ def main():
     model, config, _ = load_model(args.checkpoint, device=device.pick_device("auto"))
     source = config.data() | ({"data_dir": args.data_dir} if args.data_dir else {})
     dataset, rows = data.load(**source), []
-    read = reader(dataset)
-    if read:
-        print(f"named: {read(dataset.test):.1%} of the test items")
+    judge = features.judge_of(dataset, tqdm)[0] if dataset.classes else None
+    if judge:
+        print(f"named: {judged(judge, dataset.test):.1%} of the test items")
     print("sampler        spacing   evaluations   distance/floor  named  seconds")
     for recipe, used in tqdm(list(recipes(args.evaluations, args.spacings)), disable=None):
         if model.schedule.timesteps and recipe.steps > model.schedule.timesteps:
             continue
-        rows.append(row := measure(model, dataset, recipe, used, args, read))
-        named = f"{row['named']:.1%}" if read else ""
+        rows.append(row := measure(model, dataset, recipe, used, args, judge))
+        named = f"{row['named']:.1%}" if judge else ""
         tqdm.write(
-            f"{row['sampler']:<14} {row['spacing']:<9} {used:11d} {row['ratio']['mean']:9.3f} ± "
-            f"{row['ratio']['se']:.3f} {named:>6} {row['seconds']:8.2f}"
+            f"{row['sampler']:<14} {row['spacing']:<9} {used:11d} {row['ratio']['value']:9.3f} ± "
+            f"{row['ratio']['error']:.3f} {named:>6} {row['seconds']:8.2f}"
         )
         Path(args.out).write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
     draw(rows).savefig(Path(args.out).with_suffix(".png"))

@@ -43,7 +43,7 @@ def estimates(model, schedule, x0, seed):
     indices = torch.arange(len(x0))
     t = first + (last - first) * uniform(seed, "test", 1 << 21, indices).double()
     log_snr = schedule.log_snr(t).to(x0)
-    x0_hat = denoised(model, x0, log_snr, seed, 1 << 21, indices, None)
+    x0_hat, _ = denoised(model, x0, log_snr, seed, 1 << 21, indices, None)
     unit = math.log(2) * x0[0].numel() if model.is_image else 1.0
     width = (last - first) * schedule.slope(t).to(x0)
     return width * diffusion_rate(x0, x0_hat, log_snr) / unit

@@ -90,10 +90,7 @@ def write(path, state):
 
 def read(path):
     """The dict in `path`, on the CPU. Raises OSError, saying why, for anything but a whole
-    checkpoint.
-
-    torch.load checks no checksum and unpickles on request: here every CRC of the archive is
-    verified first, and only tensors and plain types are read."""
+    checkpoint."""
     path = Path(path)
     if not path.is_file():
         if path.is_dir():
@@ -101,12 +98,24 @@ def read(path):
                 f"{path} is a folder; give a checkpoint in it, such as {path / 'last.pth'}"
             )
         raise OSError(f"there is no checkpoint {path}; train.py prints where it writes them")
+    state = read_archive(path)
+    require(path, state, INFERENCE)
+    if state["format"] != FORMAT:
+        raise OSError(f"{path} has format {state['format']}; this version reads format {FORMAT}")
+    return state
+
+
+def read_archive(path):
+    """What torch.save wrote to `path`, on the CPU. Raises OSError when it is damaged or hostile.
+
+    torch.load checks no checksum and unpickles on request: here every CRC of the archive is
+    verified first, and only tensors and plain types are read."""
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
             raise OSError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, RuntimeError, EOFError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise OSError(f"{path} is damaged or not a checkpoint ({reason})") from None
@@ -115,10 +124,6 @@ def read(path):
             f"{path} holds more than tensors and plain types and was not loaded; "
             "it is not a checkpoint of this project"
         ) from None
-    require(path, state, INFERENCE)
-    if state["format"] != FORMAT:
-        raise OSError(f"{path} has format {state['format']}; this version reads format {FORMAT}")
-    return state
 
 
 def require(path, state, parts):

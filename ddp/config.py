@@ -35,7 +35,7 @@ PRESETS = {
     "mnist": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
     "fashion_mnist": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
     "pictures": {"width": 32, "depth": 3, "multipliers": [1, 2, 2], "patch": 2, "noise_draws": 1},
-    "points": {"width": 128, "depth": 4, "multipliers": [1], "patch": 1, "noise_draws": 1},
+    "points": {"width": 128, "depth": 4, "multipliers": [1], "patch": 1, "noise_draws": 8},
 }
 
 
@@ -191,6 +191,8 @@ class Config:
                     "--attention, --patch and --multipliers are for images, not points"
                 )
         missing = {k: v for k, v in PRESETS[kind].items() if getattr(self, k) is None}
+        if kind == "points" and self.precision == "auto":
+            missing["precision"] = "fp32"  # bf16 tells no nearer points apart than 1/128
         return dataclasses.replace(self, **missing)
 
     def steps(self, count):

@@ -120,13 +120,14 @@ class Dataset:
         items = torch.empty_like(place)
         for e in epoch.unique().tolist():
             mine = epoch == e
-            items[mine] = _order(seed, e, len(self.train))[place[mine]]
+            items[mine] = order(seed, e, len(self.train))[place[mine]]
         label = None if self.train_labels is None else self.train_labels[items]
         return to_float(self.train[items]), label
 
 
 @functools.lru_cache(maxsize=2)
-def _order(seed, epoch, count):
+def order(seed, epoch, count):
+    """The numbers below `count` in an order keyed by (seed, epoch)."""
     # all bits of both count here, where torch's generator takes the low 32 bits of one number
     return torch.from_numpy(np.random.RandomState([seed, epoch]).permutation(count))
 

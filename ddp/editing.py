@@ -40,6 +40,18 @@ def read_array(path, names=()):
         raise OSError(f"{path} cannot be read as an array of numbers: {error}") from None
 
 
+def load_samples(path, event):
+    """(items, what to tell about them): samples that some program wrote, uint8 pixels (N, C, H, W)
+    or points (N, D), from what `load` reads. Numbers for pixels are refused: nobody knows their
+    range."""
+    names = ("images", "points", "samples", "arr_0")
+    array = read_array(path, names)
+    if array is not None and len(event) == 3 and array.dtype != np.uint8:
+        raise ValueError(f"{path} holds {array.dtype}; expected uint8 pictures (N, H, W[, C])")
+    x0, found = load(path, event, names)
+    return to_pixels(x0), found
+
+
 def load(path, event, names=("images", "points")):
     """(items, what to tell about them): x0 (N, *event) from a picture, a folder or .zip of
     pictures, or an .npy or .npz: uint8 (N, H, W[, C]), or numbers (N, *event) in the units of x0.

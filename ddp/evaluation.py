@@ -1,126 +1,526 @@
-"""Everything that evaluate.py measures: means with standard errors, a distance with its floor."""
+"""Everything that evaluate.py measures, each number an Estimate with its error.
 
+A Subject, a model or somebody else's samples, is judged in a Setting: a real set to compare with
+and, for the floor, as many other real items in the place of samples. Every subject meets the same
+items and noise, so that what is measured of two has a paired error.
+"""
+
+import dataclasses
 import math
 
 import torch
 
-from ddp import figures, likelihood, quality
-from ddp.data import to_float, to_pixels
-from ddp.reverse import class_labels, final, generate
+from ddp import features, figures, likelihood, quality
+from ddp.data import order, to_float, to_pixels
+from ddp.quality import Estimate, estimate
+from ddp.reverse import final, generate
 
-SCHEMA = 1
+SCHEMA = 2
+FEWEST = 20  # items, below which there is nothing to compare
+LARGEST_ASSIGNMENT = 2000  # points: an assignment takes time as their cube
+LARGEST_NEIGHBOURHOOD = 10_000  # items: nearest neighbours take memory as their square
+LARGEST_DIMENSION = 512  # with more features a distance takes seconds: fewer half-samples
+NAMED = 0.9  # probability from which a judge is sure
+CLOSE = 0.05  # the quantile of held-out items' distances to training items that is called close
+CLOSEST = 16  # pairs to show
+
+OF_MODELS = ("loss", "bound", "exact")
+OF_PICTURES = ("judge", "pixels", "inception")
+OF_POINTS = ("plane",)
+METRICS = (*OF_MODELS, *OF_PICTURES, *OF_POINTS, "memorisation", "calibration")
+SPACES = {  # what is measured in each
+    **dict.fromkeys(OF_PICTURES, ("frechet", "kernel", "coverage_measures", "sliced_wasserstein")),
+    "plane": ("wasserstein2", "mmd", "histogram_kl", "coverage_measures", "sliced_wasserstein"),
+}
+LIMITS = {"wasserstein2": LARGEST_ASSIGNMENT, "coverage_measures": LARGEST_NEIGHBOURHOOD}
 
 
-def figure(values):
-    """The mean of independent values (N,) with its standard error."""
-    values = values.double()
-    return {"mean": values.mean().item(), "se": (values.std() / math.sqrt(len(values))).item()}
+@dataclasses.dataclass
+class Subject:
+    """What is judged: a model, with the `options` by which generate draws from it; or samples,
+    `drawn`, uint8 pixels or points. `about`: what is told of it, plain types. `found`: what was
+    measured, a nested dict of Estimates."""
+
+    name: str
+    about: dict
+    model: object = None
+    options: dict = None
+    drawn: object = None
+    found: dict = dataclasses.field(default_factory=dict)
 
 
-def batches(dataset, model, count, size, progress):
-    """(x0, indices, label) of the first `count` test items on the model's device."""
-    device = next(model.parameters()).device
-    for indices in progress(torch.arange(count).split(size)):
-        label = dataset.test_labels[indices].to(device) if model.classes else None
-        yield to_float(dataset.test[indices]).to(device), indices, label
+@dataclasses.dataclass
+class Setting:
+    """What subjects are judged with: the real items `reference`, with their labels, and `floor`,
+    as many of the other split. size: items at a time. progress: name -> a wrapper of iterables."""
+
+    dataset: object
+    count: int
+    seed: int = 0
+    size: int = 250
+    against: str = "test"
+    progress: object = lambda name: iter
+
+    def __post_init__(self):
+        data = self.dataset
+        sets = [(data.test, data.test_labels), (data.train, data.train_labels)]
+        real, other = sets if self.against == "test" else reversed(sets)
+        self.reference, self.labels = picked(*real, self.count)
+        self.count = len(self.reference)
+        self.floor, _ = picked(*other, self.count)
+
+    def batches(self, name, count):
+        """Indices of `count` items, batch after batch."""
+        return self.progress(name)(torch.arange(count).split(self.size))
 
 
-def loss_by_level(dataset, model, count, size, seed, progress):
-    """The test loss at ten levels, a list of dicts: t, log_snr, and figures x0, eps and v."""
-    parts = [
-        likelihood.losses(model, x0, indices, seed, label=label)
-        for x0, indices, label in batches(dataset, model, count, size, progress)
-    ]
+def picked(items, labels, count):
+    """`count` of the items, and their labels, in a random order that is always the same: a folder
+    is sorted by class."""
+    which = order(0, 0, len(items))[:count]
+    return items[which], None if labels is None else labels[which]
+
+
+def check_fit(name, model, state, dataset):
+    """Raise ValueError when a checkpoint was not trained on such data."""
+    same_labels = not model.classes or dataset.classes == state["classes"]
+    if dataset.event != model.event or not same_labels or len(dataset.test) < 2:
+        raise ValueError(
+            f"the data, {dataset.event} of classes {dataset.classes}, is not what {name} was "
+            f"trained on, {model.event} of classes {state['classes']}, or has too few test items"
+        )
+
+
+def chosen(text, is_image, models):
+    """The METRICS named in `text`, or all that apply and need no download. models: those of the
+    subjects, None for samples.
+
+    Raises ValueError for one that there is not, or that does not apply."""
+    unfit, has_model = OF_POINTS if is_image else OF_PICTURES, any(models)
+    if text is None:
+        left_out = {*unfit, "inception", *(() if has_model else OF_MODELS)}
+        return [name for name in METRICS if name not in left_out]
+    names = [word.strip() for word in text.split(",")]
+    for name in names:
+        if name not in METRICS:
+            raise ValueError(f"--metrics {name}: expected some of {','.join(METRICS)}")
+        if name in unfit:
+            raise ValueError(f"--metrics {name} is for {'points' if is_image else 'pictures'}")
+        if name in OF_MODELS and not has_model:
+            raise ValueError(f"--metrics {name} needs a model, not samples alone")
+    return names
+
+
+def draw(model, setting, options):
+    """As many samples as there are real items to compare with, of the labels that these have."""
+    device, parts = next(model.parameters()).device, []
+    for indices in setting.batches("samples", setting.count):
+        label = setting.labels[indices].to(device) if model.classes else None
+        parts.append(to_pixels(final(generate(model, indices, setting.seed, label, **options))))
+    return torch.cat(parts).cpu()
+
+
+def of_test(model, setting, name, count, measure):
+    """`measure`(x0, indices, label) of `count` test items in batches: a list of what it gives."""
+    device, dataset = next(model.parameters()).device, setting.dataset
+    items, labels = picked(dataset.test, dataset.test_labels, count)
+    found = []
+    for indices in setting.batches(name, len(items)):
+        label = labels[indices].to(device) if model.classes else None
+        found.append(measure(to_float(items[indices]).to(device), indices, label))
+    return found
+
+
+def loss(model, setting, count):
+    """The test loss at ten levels, a list of dicts: t, log_snr, and Estimates x0, eps and v."""
+
+    def measure(x0, indices, label):
+        return likelihood.losses(model, x0, indices, setting.seed, label=label)
+
     joined = []
-    for rows in zip(*parts, strict=True):
-        row = {unit: figure(torch.cat([r[unit] for r in rows])) for unit in ("x0", "eps", "v")}
-        joined.append({"t": rows[0]["t"], "log_snr": rows[0]["log_snr"]} | row)
+    for rows in zip(*of_test(model, setting, "loss", count, measure), strict=True):
+        units = {u: Estimate.mean(torch.cat([r[u] for r in rows])) for u in ("x0", "eps", "v")}
+        joined.append({"t": rows[0]["t"], "log_snr": rows[0]["log_snr"]} | units)
     return joined
 
 
-def bound(dataset, model, count, size, seed, draws, progress):
-    """The variational bound: figures prior, diffusion, reconstruction and total, and their unit:
-    bits/dim for images (of uint8 data), nats for points."""
-    parts = [
-        likelihood.bound(model, x0, indices, seed, draws, label, dataset.is_image)
-        for x0, indices, label in batches(dataset, model, count, size, progress)
-    ]
-    unit = math.log(2) * math.prod(dataset.event) if dataset.is_image else 1.0
-    terms = {k: figure(torch.cat([p[k] for p in parts]) / unit) for k in parts[0]}
-    terms["unit"] = "bits/dim" if dataset.is_image else "nats"
-    if dataset.log_density:
-        terms["entropy"] = figure(-dataset.log_density(dataset.test[:count]))
-    return terms
+def unit(dataset):
+    """Nats in the unit of likelihoods: bits/dim for images (of uint8 data), nats for points."""
+    return math.log(2) * math.prod(dataset.event) if dataset.is_image else 1.0
 
 
-def samples(model, count, size, seed, options, progress):
-    """`count` samples as uint8 pixels or points."""
-    parts = []
-    for indices in progress(torch.arange(count).split(size)):
-        states = generate(model, indices, seed, class_labels(model, indices), **options)
-        parts.append(to_pixels(final(states)).cpu())
-    return torch.cat(parts)
+def bound(model, setting, count, draws):
+    """The variational bound in both views, a dict of dicts of Estimates: its terms, their `total`,
+    its `gap` to the entropy of the data where that is known, and `monte_carlo`, the part of the
+    total's error that more draws would lower."""
+    found, dataset = {}, setting.dataset
+    each, gap = max(1, draws // 2), log_density(dataset, count)
+    for view in ("discrete", "continuous"):
+
+        def measure(x0, indices, label, view=view):
+            return [
+                likelihood.bound(
+                    model, x0, indices, setting.seed, each, label, dataset.is_image, view, first
+                )
+                for first in (0, each)
+            ]
+
+        parts = of_test(model, setting, f"bound, {view}", count, measure)
+        halves = [
+            {k: torch.cat([p[h][k] for p in parts]) / unit(dataset) for k in parts[0][0]}
+            for h in (0, 1)
+        ]
+        terms = {k: (halves[0][k] + halves[1][k]) / 2 for k in halves[0]}
+        found[view] = {k: Estimate.mean(v) for k, v in terms.items()}
+        noise = (halves[0]["total"] - halves[1]["total"]) / 2
+        found[view]["monte_carlo"] = (noise.square().sum().sqrt() / len(noise)).item()
+        if gap is not None:
+            found[view]["gap"] = Estimate.mean(terms["total"] + gap)
+    return found
 
 
-def distance(dataset, drawn):
-    """The distance of samples to as many test items, and its floor: that of training items to them.
+def log_density(dataset, count):
+    """The log-density of the test items that are measured, (N,); None where it is not known."""
+    return dataset.log_density and dataset.log_density(picked(dataset.test, None, count)[0])
 
-    Images: the Frechet distance of pixels. Points: the exact 2-Wasserstein distance in the
-    plane."""
-    count = min(len(drawn), len(dataset.test))
+
+def exact(model, setting, count, draws):
+    """The exact negative log-likelihood, a dict of Estimates: `total`; of pictures, whose total is
+    uniform dequantisation's, also `importance_weighted` from the same draws; of points `gap`."""
+    dataset = setting.dataset
+    draws = draws if dataset.is_image else 1
+
+    def measure(x0, indices, label):
+        return likelihood.exact(model, x0, indices, setting.seed, draws, label, dataset.is_image)
+
+    nats = torch.cat(of_test(model, setting, "exact", count, measure), dim=1)
+    found = {"total": Estimate.mean(nats.mean(dim=0) / unit(dataset))}
     if dataset.is_image:
-        name, measure, features = "frechet_pixels", quality.frechet_distance, quality.pixel_features
-    else:
-        name, measure, features = "wasserstein2", quality.wasserstein2, lambda items: items
-    count = min(count, len(dataset.train))
-    test = features(dataset.test[:count])
-    train = dataset.train[
-        torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
-    ]
-    ours, floor = (measure(features(items[:count]), test) for items in (drawn, train))
-    ratio = ours / floor if floor else None
-    return {"name": name, "value": ours, "floor": floor, "ratio": ratio, "count": count}
+        weighted = math.log(draws) - torch.logsumexp(-nats, dim=0)
+        found["importance_weighted"] = Estimate.mean(weighted / unit(dataset))
+    elif (known := log_density(dataset, count)) is not None:
+        found["gap"] = Estimate.mean(nats[0] + known)
+    return found
 
 
-def table(results):
-    """The results as lines of text."""
-    lines = [
-        "",
-        "test loss by noise level (± standard error)",
-        f"{'t':>6} {'log-SNR':>9} {'x0':>20} {'eps':>20} {'v':>20}",
-    ]
-    for row in results["loss_by_level"]:
-        cells = [f"{row[u]['mean']:.5f} ± {row[u]['se']:.5f}" for u in ("x0", "eps", "v")]
-        lines.append(
-            f"{row['t']:6.2f} {row['log_snr']:9.2f} " + " ".join(f"{c:>20}" for c in cells)
+def in_space(name, setting, extract):
+    """(measure, D): a function of samples that gives, for each measure of the space `name`, the
+    Estimates `samples`, `floor` (the setting's other real items in their place) and their `ratio`;
+    and the number of features. extract: items -> features (N, D)."""
+    reference, other = extract(setting.reference), extract(setting.floor)
+    few = {"resamples": 10} if reference.shape[1] > LARGEST_DIMENSION else {}
+
+    def measured(items):
+        found, real = {}, reference[: len(items)]
+        for measure in SPACES[name]:
+            function, limit = quality.measures_of(measure), LIMITS.get(measure)
+            found |= estimate(function, items, real, limit=limit, **few)
+        return found
+
+    floor = measured(other)
+    return lambda drawn: beside(measured(extract(drawn)), floor), reference.shape[1]
+
+
+def distance_ratio(drawn, setting):
+    """One number for benchmarks: the Frechet distance of pixels, or the 2-Wasserstein distance of
+    points, to the setting's real items, over that of its other real items."""
+    measure = quality.frechet_distance if drawn.ndim == 4 else quality.wasserstein2
+    sets = drawn, setting.floor, setting.reference
+    ours, floor, real = (features.pixel_features(items) for items in sets)
+    return measure(ours, real) / measure(floor, real[: len(floor)])
+
+
+def beside(found, floor):
+    """Estimates, each with its floor and its ratio to it, which is None where the floor is 0."""
+    return {
+        name: {"samples": e, "floor": floor[name], "ratio": e.over(floor[name])}
+        for name, e in found.items()
+    }
+
+
+def in_classes(judge, setting):
+    """A function of samples, and whether they have the setting's labels, that gives how the judge
+    sorts them: `histogram`, the total variation to the real items' classes, `named`, the share of
+    which it is sure, `agreement` with those labels; and the `counts` of each class."""
+
+    def sorted_into(items):
+        return judge.of(items)[1]
+
+    real, other = sorted_into(setting.reference), sorted_into(setting.floor)
+
+    def measured(probabilities):
+        return estimate(
+            lambda a, b: {
+                "histogram": quality.total_variation(*map(quality.one_hot, (a, b))),
+                "named": (a.amax(dim=1) > NAMED).double().mean().item(),
+            },
+            probabilities,
+            real[: len(probabilities)],
         )
-    terms = results["bound"]
-    lines += ["", f"variational bound, {terms['unit']} (± standard error)"]
-    for name in ("prior", "diffusion", "reconstruction", "total", "entropy"):
-        if name in terms:
-            note = "  of the data, on the same points" if name == "entropy" else ""
-            lines.append(f"  {name:<16} {terms[name]['mean']:9.4f} ± {terms[name]['se']:.4f}{note}")
-    d = results["quality"]
-    lines += [
-        "",
-        f"distance of {d['count']:,} samples to the test split, {d['name']}",
-        f"  samples          {d['value']:9.4f}",
-        f"  floor            {d['floor']:9.4f}  as many training items",
-        f"  ratio            {d['ratio'] or math.inf:9.2f}",
-    ]
-    return lines
+
+    floor = measured(other)
+
+    def classed(drawn, labelled):
+        probabilities = sorted_into(drawn)
+        found = beside(measured(probabilities), floor)
+        if labelled:
+            right = (probabilities.argmax(dim=1) == setting.labels).double()
+            found["agreement"] = {"samples": Estimate.mean(right, range=(0, 1))}
+        counts = [
+            torch.bincount(p.argmax(dim=1), minlength=p.shape[1]).tolist()
+            for p in (probabilities, real)
+        ]
+        return found | {"counts": dict(zip(("samples", "real"), counts, strict=True))}
+
+    return classed
 
 
-def picture(results, drawn, dataset):
-    """One PIL image: the loss by level, and samples beside test items."""
-    levels = [
-        {k: v["mean"] if isinstance(v, dict) else v for k, v in row.items()}
-        for row in results["loss_by_level"]
-    ]
-    curve = figures.image_of(figures.loss_by_level(levels))
-    if dataset.is_image:
-        panels = [curve, figures.grid(drawn[:64]), figures.grid(dataset.test[:64])]
-        return figures.side_by_side(panels, ["", "samples", "test items"])
-    return figures.side_by_side(
-        [curve, figures.overview(drawn, dataset.test[: len(drawn)])], ["", ""]
-    )
+def notes(name, setting, dimension):
+    """What to know before comparing figures of the space `name`, lines."""
+    count, found = setting.count, []
+    if count < 2 * dimension and name in OF_PICTURES:
+        found.append(
+            f"too few samples: {count:,} for {dimension:,} features, so frechet is mostly its "
+            "bias; compare it at this number only, or take frechet_infinite"
+        )
+    elif count < 1000:
+        found.append(f"too few samples, {count:,}, to compare with figures of another number")
+    if name == "inception" and not (count >= 50_000 and setting.against == "train"):
+        found.append(
+            "published distances take 50,000 samples against the training split: "
+            "--num_samples 50000 --reference train"
+        )
+    return found
+
+
+def memorisation(drawn, setting):
+    """How near samples are to training items, in the root mean square over pixels or coordinates:
+    the median distance to the nearest as a `ratio` to that of held-out items; the share `close`,
+    nearer than all but 5% of these; the number of `copies`; and the `closest` pairs."""
+    dataset = setting.dataset
+    size = math.sqrt(math.prod(dataset.event))
+    sets = drawn, picked(dataset.test, None, setting.count)[0], dataset.train
+    ours, held_out, train = (x.flatten(1).float() / size for x in sets)
+    distances, which = quality.nearest(ours, train)
+    usual, _ = quality.nearest(held_out, train)
+
+    def ratio(a, b):
+        return {"ratio": (a.median() / b.median()).item()}
+
+    first = distances.argsort()[:CLOSEST].tolist()
+    middle = usual.median().item()
+    return {
+        **estimate(ratio, distances, usual),
+        "close": Estimate.mean((distances < usual.quantile(CLOSE)).double(), range=(0, 1)),
+        "copies": int((distances == 0).sum()),
+        "median": {"samples": distances.median().item(), "held_out": middle},
+        "closest": [
+            {
+                "sample": i,
+                "train": which[i].item(),
+                "distance": distances[i].item(),
+                "ratio": distances[i].item() / middle,
+            }
+            for i in first
+        ],
+    }
+
+
+def calibration(drawn, setting):
+    """Whether samples have the colours of the data: Estimates of each channel's `mean` and `sd`, in
+    grey values or the units of points, of samples, of real items, and their difference; and of
+    pictures the share of `saturated` values, 0 or 255."""
+
+    def moments(items):
+        x = items.double().flatten(2) if items.ndim == 4 else items.double()[..., None]
+        found = {}
+        for c, (first, second) in enumerate(
+            zip(x.mean(dim=2).T, x.square().mean(dim=2).T, strict=True)
+        ):
+            mean = Estimate.mean(first)
+            sd = math.sqrt(max(0.0, second.mean().item() - mean.value**2))
+            # what an item adds to the variance, by the delta method
+            share = (second - 2 * mean.value * first) / (2 * sd or 1) / math.sqrt(len(first))
+            found[f"channel {c}"] = {"mean": mean, "sd": Estimate(sd, share)}
+        if items.ndim == 4:
+            ends = ((items == 0) | (items == 255)).flatten(1).double().mean(dim=1)
+            found["saturated"] = {"share": Estimate.mean(ends, range=(0, 1))}
+        return found
+
+    ours, real = moments(drawn), moments(setting.reference)
+    return {
+        name: {
+            figure: {
+                "samples": e,
+                "real": real[name][figure],
+                "difference": e - real[name][figure],
+            }
+            for figure, e in row.items()
+        }
+        for name, row in ours.items()
+    }
+
+
+def evaluate(subjects, dataset, metrics, args, device, progress):
+    """(results, pictures): all that is chosen of all subjects, as a dict for JSON, and for each
+    subject a dict of PIL images. args: the flags of evaluate.py."""
+    read = features.inception(args.inception_weights, device) if "inception" in metrics else None
+    fewest = min([args.num_samples, *(len(s.drawn) for s in subjects if s.drawn is not None)])
+    setting = Setting(dataset, fewest, args.seed, args.batch_size, args.reference, progress)
+    told, about_judge = [], None
+    for subject in subjects:
+        trained_on = subject.about.get("provenance", {}).get("fingerprint", dataset.fingerprint)
+        if trained_on != dataset.fingerprint:
+            told.append(
+                f"{subject.name}: this is not the data that the model was trained on; its test "
+                "items may have been among the training items"
+            )
+        measure_model(subject, setting, metrics, args)
+    spaces = {"pixels": features.pixel_features, "plane": features.pixel_features}
+    spaces["inception"] = read
+    if "judge" in metrics and setting.count >= FEWEST:
+        judge, path = features.judge_of(dataset, progress("judge"), device)
+        spaces["judge"] = lambda items: judge.of(items)[0]
+        about_judge = {
+            "task": "labels" if dataset.classes else "rotations",
+            "accuracy": judge.accuracy.item(),
+            "fingerprint": judge.fingerprint,
+            "remembered": path and str(path),
+        }
+    asked = [name for name in SPACES if name in metrics]
+    if setting.count < FEWEST:
+        told += [f"too few samples or real items, {setting.count}, for {', '.join(asked)}"] * bool(
+            asked
+        )
+        asked = []
+    for name in asked:
+        measure, dimension = in_space(name, setting, spaces[name])
+        sort = in_classes(judge, setting) if name == "judge" and dataset.classes else None
+        told += [f"{name}: {note}" for note in notes(name, setting, dimension)]
+        for subject in progress(name)(subjects):
+            found = measure(subject.drawn)
+            if sort:
+                found |= sort(subject.drawn, subject.model and subject.model.classes)
+            subject.found.setdefault("quality", {})[name] = found
+    for subject in subjects:
+        for name, measure in (("memorisation", memorisation), ("calibration", calibration)):
+            if name in metrics and subject.drawn is not None:
+                subject.found[name] = measure(subject.drawn, setting)
+    known = log_density(dataset, args.test_items)
+    results = {
+        "schema": SCHEMA,
+        "dataset": {
+            "name": dataset.name,
+            "fingerprint": dataset.fingerprint,
+            "event": list(dataset.event),
+            "classes": dataset.classes,
+            "train": len(dataset.train),
+            "test": len(dataset.test),
+        },
+        "recipe": {
+            "metrics": metrics,
+            "unit": "bits/dim" if dataset.is_image else "nats",
+            "test_items": min(args.test_items, len(dataset.test)),
+            "exact_items": min(exact_items(args, dataset), len(dataset.test)),
+            "num_samples": setting.count,
+            "reference": setting.against,
+            "floor_items": len(setting.floor),
+            "seed": args.seed,
+            "draws": args.draws,
+            "exact_draws": args.exact_draws if dataset.is_image else 1,
+            "tolerance": likelihood.TOLERANCE,
+            "resamples": quality.RESAMPLES,
+            "neighbours": quality.NEIGHBOURS,
+            "judge": about_judge,
+            "torch": str(torch.__version__),
+        },
+        "notes": told,
+        "entropy": None if known is None else Estimate.mean(-known),
+        "subjects": [{"name": s.name, "about": s.about, **s.found} for s in subjects],
+        "comparison": comparison(subjects),
+    }
+    return plain(results), {s.name: pictures(s, setting) for s in subjects}
+
+
+def exact_items(args, dataset):
+    return args.exact_items or (128 if dataset.is_image else 2000)
+
+
+def measure_model(subject, setting, metrics, args):
+    """What needs the model itself, and its samples."""
+    model = subject.model
+    if model is None:  # some of all, which may be sorted
+        which = order(0, 0, len(subject.drawn))[: setting.count]
+        subject.drawn = subject.drawn[which.sort().values]
+        return
+    if "loss" in metrics:
+        subject.found["loss"] = loss(model, setting, args.test_items)
+    if "bound" in metrics:
+        subject.found["bound"] = bound(model, setting, args.test_items, args.draws)
+    if "exact" in metrics:
+        count = exact_items(args, setting.dataset)
+        subject.found["exact"] = exact(model, setting, count, args.exact_draws)
+    if set(metrics) - set(OF_MODELS):
+        subject.drawn = draw(model, setting, subject.options)
+
+
+def pictures(subject, setting):
+    """What is looked at of a subject: a dict, caption -> PIL image."""
+    shown, found, dataset = {}, subject.found, setting.dataset
+    if subject.drawn is not None:
+        count = 64 if dataset.is_image else 5000
+        sets = subject.drawn[:count], setting.reference[:count]
+        shown["samples and real items"] = figures.overview(*sets, ("samples", "real items"))
+    if "memorisation" in found:
+        pairs = found["memorisation"]["closest"]
+        items = (
+            subject.drawn[[p["sample"] for p in pairs]],
+            dataset.train[[p["train"] for p in pairs]],
+        )
+        shown["closest samples, each with its nearest training item"] = figures.neighbours(*items)
+    if "quality" in found:
+        ratios = {
+            space: {name: e["ratio"] for name, e in f.items() if "ratio" in e}
+            for space, f in found["quality"].items()
+        }
+        shown["measures over their floor"] = figures.image_of(figures.ratios(ratios))
+        for f in found["quality"].values():
+            if "counts" in f:
+                chart = figures.histogram(f["counts"], dataset.classes)
+                shown["classes"] = figures.image_of(chart)
+    if "loss" in found:
+        shown["test loss by noise level"] = figures.image_of(figures.loss_by_level(found["loss"]))
+    return shown
+
+
+def estimates_in(tree, path=()):
+    """Every (path, Estimate) of a nested dict."""
+    if isinstance(tree, Estimate):
+        yield "/".join(path), tree
+    elif isinstance(tree, dict):
+        for name, part in tree.items():
+            yield from estimates_in(part, (*path, str(name)))
+
+
+def comparison(subjects):
+    """What is measured of each further subject less that of the first, with paired errors: a list
+    of dicts."""
+    first, rows = dict(estimates_in(subjects[0].found)), []
+    for subject in subjects[1:]:
+        for path, e in estimates_in(subject.found):
+            if path in first and "floor" not in path and "real" not in path:
+                rows.append(
+                    {"subject": subject.name, "figure": path, "difference": e - first[path]}
+                )
+    return rows
+
+
+def plain(tree):
+    """Nested dicts and lists with each Estimate as a dict, for JSON; None for what is no number."""
+    if isinstance(tree, Estimate):
+        tree = {"value": tree.value, "error": tree.error, "interval": tree.interval}
+    if isinstance(tree, dict):
+        return {name: plain(part) for name, part in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [plain(part) for part in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -97,19 +97,62 @@ def loss_curve(rows):
 
 
 def loss_by_level(levels):
-    """Test loss against the noise level, in the three units. levels: rows of likelihood.losses."""
+    """Test loss against the noise level, in the three units. levels: rows of evaluation.loss."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
+    log_snr = [row["log_snr"] for row in levels]
     for unit in ("x0", "eps", "v"):
-        axes.plot(
-            [r["log_snr"] for r in levels], [r[unit] for r in levels], "o-", label=f"{unit} units"
-        )
+        values, errors = zip(*((row[unit].value, row[unit].error) for row in levels), strict=True)
+        axes.errorbar(log_snr, values, errors, marker="o", markersize=4, label=f"{unit} units")
     axes.set(
         xlabel="log-SNR (noise on the left, data on the right)", ylabel="test loss", yscale="log"
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
+
+
+def ratios(spaces):
+    """Each measure over its floor, with its 95% interval. spaces: name -> measure -> Estimate."""
+    rows = [
+        (f"{space}: {name}", e) for space, found in spaces.items() for name, e in found.items() if e
+    ]
+    figure = Figure(figsize=(7, 1 + 0.32 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    for y, (_, e) in enumerate(reversed(rows)):
+        low, high = (max(end, e.value / 4, 1e-3) for end in e.interval)
+        axes.plot([low, high], [y, y], color="tab:blue")
+        axes.plot(max(e.value, 1e-3), y, "o", color="tab:blue")
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
+    axes.set(xscale="log", xlabel="samples over floor (1: as real items)")
+    axes.grid(alpha=0.3, which="both", axis="x")
+    return figure
+
+
+def histogram(counts, names):
+    """How many samples and real items each class has. counts: name -> (classes,)."""
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(counts)
+    for i, (name, heights) in enumerate(counts.items()):
+        axes.bar(np.arange(len(heights)) + i * width, heights, width, label=name)
+    axes.set_xticks(np.arange(len(names)) + width / 2, names, rotation=45 if len(names) > 5 else 0)
+    axes.set(ylabel="items")
+    axes.legend()
+    return figure
+
+
+def neighbours(items, nearest):
+    """Items and, right of each, the nearest other: pairs in a grid, or points joined by lines."""
+    if items.ndim == 4:
+        pairs = np.stack([np.asarray(items), np.asarray(nearest)], axis=1)
+        return grid(pairs.reshape(-1, *items.shape[1:]), columns=8)
+    figure = Figure(figsize=(5, 5), layout="constrained")
+    axes = figure.subplots()
+    for a, b in zip(np.asarray(items), np.asarray(nearest), strict=True):
+        axes.plot(*zip(a, b, strict=True), "o-", markersize=3)
+    axes.set(aspect="equal")
+    return image_of(figure)
 
 
 def schedule(t, log_snr, rows):

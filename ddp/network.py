@@ -28,6 +28,7 @@ NORMS = {
 }
 NORM_NAMES = ("batch", "group", "none")
 INITS = ("kaiming", "xavier", "default")
+WAVES = 6  # of each coordinate of a point: periods of 2, 1, ... 1/16 standard deviations
 MAX_LOG_SNR = 20.0  # beyond it the level is all signal or all noise; the embedding stays finite
 
 
@@ -187,17 +188,26 @@ class UNet(nn.Module):
 
 
 class MLP(nn.Module):
-    """A residual network for points: (B, D), log_snr (B,), label (B,) or None -> (B, D)."""
+    """A residual network for points: (B, D), log_snr (B,), label (B,) or None -> (B, D).
+
+    It also sees waves of each coordinate, by which it tells close points apart (Fourier features;
+    Kingma et al. 2021, section 5.3)."""
 
     def __init__(self, pieces, event, width, depth, classes):
         super().__init__()
         self.embedding = LevelEmbedding(width, pieces.activation, classes)
-        self.door = nn.Linear(event[0], width)
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(WAVES), persistent=False)
+        self.door = nn.Linear(event[0] * (1 + 2 * WAVES), width)
         self.blocks = nn.ModuleList(Block(pieces, width, width, width) for _ in range(depth))
         self.out = nn.Linear(width, event[0])
 
     def forward(self, xt, log_snr, label=None):
-        return self.out(run(self.blocks, self.door(xt), self.embedding(log_snr, label)))
+        angle = xt[..., None] * self.frequencies
+        # each as high as it is on average over the noise, so that none is seen where all is noise
+        height = torch.exp(-0.5 * torch.sigmoid(-log_snr)[:, None] * self.frequencies**2)[:, None]
+        waves = [(wave * height).flatten(1) for wave in (angle.sin(), angle.cos())]
+        x = self.door(torch.cat([xt, *waves], dim=1))
+        return self.out(run(self.blocks, x, self.embedding(log_snr, label)))
 
 
 def run(stage, x, embedding):

@@ -45,9 +45,30 @@ def plan(out, format, checkpoint):
         raise ValueError(f"--out {out}: expected a folder, or a file {', '.join(FILE_FORMATS)}")
     if suffix in FILE_FORMATS and formats != [FILE_FORMATS[suffix]]:
         raise ValueError(f"--out {out} is one file, but --format says {format}; give a folder")
+    return free(out), formats
+
+
+def free(out):
+    """`out`, the path that a user gave. Raises ValueError when something is there."""
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise ValueError(f"--out {out} exists and is not overwritten; choose another, or remove it")
-    return out, formats
+    return out
+
+
+@contextlib.contextmanager
+def whole_folder(path):
+    """A hidden folder to write into, which takes its name `path` when all is well, or is not."""
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if path.exists():
+            path.rmdir()  # empty, or it would have been refused
+        temporary.replace(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 class Folder:

@@ -34,7 +34,7 @@ def test_samplers(folder):
     assert {row["evaluations"] for row in rows} == {1, 3}
     assert len(rows) == 2 * 10
     for row in rows:
-        assert f"{row['ratio']['mean']:.3f} ± {row['ratio']['se']:.3f}" in out
+        assert f"{row['ratio']['value']:.3f} ± {row['ratio']['error']:.3f}" in out
     assert (folder / "samplers.png").stat().st_size > 1000
 
 

@@ -37,11 +37,17 @@ def exact_bound(model):
     return (prior + diffusion + reconstruction).item()
 
 
+def view_of(timesteps):
+    return "discrete" if timesteps else "continuous"
+
+
 def gaussian_bound(schedule, timesteps, sd=0.5, count=4000):
     """The mean bound of Gaussian data less its exact value on the same points, and its error."""
     model = Gaussian(0.3, sd, (2,), timesteps, schedule)
     x0 = 0.3 + sd * torch.randn(count, 2, generator=torch.Generator().manual_seed(0))
-    terms = likelihood.bound(model, x0, torch.arange(count), draws=32, discrete=False)
+    terms = likelihood.bound(
+        model, x0, torch.arange(count), draws=32, discrete=False, view=view_of(timesteps)
+    )
     exact = -torch.distributions.Normal(0.3, sd).log_prob(x0).sum(dim=1)
     gap = terms["total"] - exact
     return model, gap.mean().item(), (gap.std() / math.sqrt(count)).item()
@@ -67,21 +73,21 @@ def test_discrete_bound_of_a_gaussian_is_its_expectation(schedule, timesteps):
 def test_the_sum_over_steps_is_estimated_without_bias():
     model, count = Gaussian(0.0, 1.3, (3,), 12), 3000
     x0 = 1.3 * torch.randn(count, 3, generator=torch.Generator().manual_seed(1))
-    estimate = likelihood.bound(model, x0, torch.arange(count), draws=7, discrete=False)[
-        "diffusion"
-    ]
+    estimate = likelihood.bound(
+        model, x0, torch.arange(count), draws=7, discrete=False, view="discrete"
+    )["diffusion"]
     levels, by_hand = model.schedule.table.float(), torch.zeros(count)
     for t in range(1, 12):
-        x0_hat = likelihood.denoised(
+        x0_hat, _ = likelihood.denoised(
             model, x0, levels[t].expand(count), 5, t, torch.arange(count), None
         )
-        by_hand += likelihood.diffusion_term(x0, x0_hat, levels[t], levels[t - 1])
+        by_hand += likelihood.diffusion_rate(x0, x0_hat, levels[t], levels[t - 1])
     error = ((estimate.var() + by_hand.var()) / count).sqrt()
     assert abs(estimate.mean() - by_hand.mean()) < 4 * error
     assert error < 0.05 * by_hand.mean()
 
 
-def test_diffusion_term_is_the_divergence_of_two_posteriors():
+def test_diffusion_rate_is_the_divergence_of_two_posteriors():
     from ddp.forward import posterior
 
     torch.manual_seed(0)
@@ -92,7 +98,7 @@ def test_diffusion_term_is_the_divergence_of_two_posteriors():
         for m, v in (posterior(x, xt, t, s) for x in (x0, x0_hat))
     )
     by_hand = torch.distributions.kl_divergence(p, q).sum(dim=1)
-    torch.testing.assert_close(likelihood.diffusion_term(x0, x0_hat, t, s), by_hand)
+    torch.testing.assert_close(likelihood.diffusion_rate(x0, x0_hat, t, s), by_hand)
 
 
 def test_prior_term_is_the_divergence_from_the_prior():
@@ -131,3 +137,170 @@ def test_the_estimate_does_not_depend_on_the_batch():
     whole = likelihood.bound(model, x0, torch.arange(50), discrete=False)["total"]
     part = likelihood.bound(model, x0[20:30], torch.arange(20, 30), discrete=False)["total"]
     torch.testing.assert_close(whole[20:30], part)
+
+
+class Mixture(Gaussian):
+    """A model of an equal mixture of Gaussians of one sd, with the exact denoiser."""
+
+    def denoise(self, xt, log_snr, label=None):
+        alpha, sigma = alpha_sigma(log_snr, xt)
+        variance = alpha**2 * self.sd**2 + sigma**2  # (B, 1)
+        apart = xt[:, None] - alpha[..., None] * self.mean  # (B, parts, D)
+        share = torch.softmax(-0.5 * apart.square().sum(-1) / variance, dim=1)[..., None]
+        gain = (alpha * self.sd**2 / variance)[..., None]
+        return (share * (self.mean + gain * apart)).sum(dim=1)
+
+
+MEANS = torch.tensor([[1.0, 0.5], [-0.8, 0.9], [0.1, -1.2]])
+
+
+def mixture(schedule, timesteps, count=800):
+    """(model, x0, -log p(x0)) of a mixture of three Gaussians."""
+    generator = torch.Generator().manual_seed(2)
+    which = torch.randint(3, (count,), generator=generator)
+    x0 = MEANS[which] + 0.3 * torch.randn(count, 2, generator=generator)
+    parts = torch.distributions.Independent(torch.distributions.Normal(MEANS, 0.3), 1)
+    known = torch.distributions.MixtureSameFamily(
+        torch.distributions.Categorical(torch.ones(3)), parts
+    )
+    return Mixture(MEANS, 0.3, (2,), timesteps, schedule), x0, -known.log_prob(x0)
+
+
+@pytest.mark.parametrize(("schedule", "timesteps"), [("cosine", 0), ("cosine", 1000), ("flow", 0)])
+def test_exact_and_bound_of_a_mixture_are_its_entropy(schedule, timesteps):
+    model, x0, known = mixture(schedule, timesteps)
+    indices = torch.arange(len(x0))
+    exact = likelihood.exact(model, x0, indices, discrete=False)[0]
+    gap = exact - known
+    assert gap.abs().max() < 0.05  # for each item alone
+    assert abs(gap.mean()) < 4 * gap.std() / math.sqrt(len(gap)) + 2e-4
+    for view in ("discrete", "continuous"):
+        terms = likelihood.bound(model, x0, indices, draws=16, discrete=False, view=view)
+        slack = terms["total"] - exact
+        error = slack.std() / math.sqrt(len(slack))
+        assert slack.mean() > -4 * error
+        if view == "continuous":
+            assert error < 0.1
+            assert slack.mean() < 4 * error
+
+
+@pytest.mark.parametrize("dimensions", [2, 4, 6])
+def test_exact_of_a_gaussian_is_its_log_density(dimensions):
+    """Beyond EXACT_TRACE dimensions the trace is estimated; of a Gaussian's linear denoiser without
+    error, since signs see a diagonal exactly."""
+    model = Gaussian(0.3, 0.5, (dimensions,), 0)
+    x0 = 0.3 + 0.5 * torch.randn(200, dimensions, generator=torch.Generator().manual_seed(0))
+    known = -torch.distributions.Normal(0.3, 0.5).log_prob(x0).sum(dim=1)
+    exact = likelihood.exact(model, x0, torch.arange(200), discrete=False)[0]
+    assert (exact - known).abs().max() < 0.01
+
+
+class Rotated(Gaussian):
+    """A Gaussian with a covariance that is not diagonal: Hutchinson's estimate has an error."""
+
+    def __init__(self, covariance):
+        super().__init__(0.0, 1.0, (len(covariance),), 0)
+        self.covariance = covariance
+
+    def denoise(self, xt, log_snr, label=None):
+        values, vectors = torch.linalg.eigh(self.covariance)
+        alpha, sigma = alpha_sigma(log_snr, xt)
+        return (xt @ vectors * (alpha * values / (alpha**2 * values + sigma**2))) @ vectors.T
+
+
+def test_hutchinson_is_unbiased():
+    torch.manual_seed(0)
+    root = torch.randn(8, 8) / 3
+    model = Rotated(root @ root.T + 0.05 * torch.eye(8))
+    normal = torch.distributions.MultivariateNormal(torch.zeros(8), model.covariance)
+    x0 = normal.sample((1500,))
+    gap = likelihood.exact(model, x0, torch.arange(1500), discrete=False)[0] + normal.log_prob(x0)
+    error = (gap.std() / math.sqrt(len(gap))).item()
+    assert 0.001 < error < 0.1
+    assert abs(gap.mean().item()) < 4 * error
+
+
+class Pixels(Gaussian):
+    """A Gaussian of pictures, wide enough for a bin of 1/127.5 to be flat."""
+
+    is_image = True
+
+    def denoise(self, xt, log_snr, label=None):
+        return super().denoise(xt, log_snr)
+
+
+def test_dequantisation_bounds_the_mass_of_a_bin():
+    """The mass of a pixel's bin under the Gaussian is what is bounded, by more draws more
+    tightly."""
+    model = Pixels(0.0, 0.004, (1, 2, 2), 0, "karras")  # narrower than a bin: it matters
+    x0 = torch.zeros(300, 1, 2, 2)
+    noise = math.exp(-0.5 * model.schedule.log_snr(0.0).item())  # what is left at the clean end
+    normal = torch.distributions.Normal(0.0, math.hypot(0.004, noise))
+    mass = 4 * (2 * normal.cdf(torch.tensor(1 / 255)) - 1).log().item()
+    nats = likelihood.exact(model, x0, torch.arange(300), draws=8)
+    assert nats.shape == (8, 300)
+    uniform, weighted = nats.mean(dim=0), math.log(8) - torch.logsumexp(-nats, dim=0)
+    errors = [4 * x.std().item() / math.sqrt(300) for x in (uniform, weighted)]
+    assert -mass - errors[0] < weighted.mean() < uniform.mean()
+    assert uniform.mean() - weighted.mean() > errors[0]
+
+
+def test_exact_does_not_depend_on_the_batch():
+    model, x0, _ = mixture("cosine", 0, 60)
+    whole = likelihood.exact(model, x0, torch.arange(60), discrete=False)
+    part = likelihood.exact(model, x0[20:30], torch.arange(20, 30), discrete=False)
+    torch.testing.assert_close(whole[:, 20:30], part, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("tolerance", [1e-4, 1e-7])
+def test_the_solver_holds_its_tolerance(tolerance):
+    """y' = y cos t and a stiff start: each item to its own tolerance, in float64."""
+
+    def slope(y, t, which):
+        return y * torch.cos(rate[which] * t)[:, None]
+
+    rate = torch.tensor([1.0, 5.0, 40.0], dtype=torch.float64)
+    y = torch.ones(3, 2, dtype=torch.float64)
+    calls = []
+    end = likelihood.integrate(
+        lambda *a: calls.append(len(a[2])) or slope(*a), y, 0.0, 6.0, tolerance, slice(None)
+    )
+    known = torch.exp(torch.sin(rate * 6) / rate)[:, None].expand(3, 2)
+    assert (end - known).abs().max() < 100 * tolerance
+    assert calls[0] == 3
+    assert calls[-1] == 1  # the fast one alone is left at the end
+
+
+def test_the_solver_meets_its_order_conditions():
+    """Hairer, Norsett & Wanner 1993, section II.1: the weights integrate t^k exactly for k < 5, the
+    other solution that the error compares with for k < 4."""
+    nodes, last = likelihood.NODES, (*likelihood.STAGES[-1], 0)
+    for node, weights in zip(nodes[1:], likelihood.STAGES, strict=True):
+        assert sum(weights) == pytest.approx(node, abs=1e-14)
+    for k in range(5):
+        assert sum(w * c**k for w, c in zip(last, nodes, strict=True)) == pytest.approx(1 / (k + 1))
+        off = sum(w * c**k for w, c in zip(likelihood.ERROR, nodes, strict=True))
+        assert (abs(off) < 1e-14) == (k < 4)
+
+
+def test_the_continuous_bound_is_the_limit_of_the_sum():
+    model, x0, _ = mixture("cosine", 0, 400)
+    views = [
+        likelihood.bound(model, x0, torch.arange(400), draws=64, discrete=False, view=view)
+        for view in ("discrete", "continuous")
+    ]
+    prior = [v["prior"] for v in views]
+    torch.testing.assert_close(*prior)
+    # the sum of 1000 terms is above the integral: SNR |x0 - x0_hat|² falls from step to step
+    assert views[0]["diffusion"].mean() > views[1]["diffusion"].mean()
+
+
+def test_halves_of_the_draws_make_the_whole():
+    """`first` numbers the draws, so that two runs are independent estimates of one number."""
+    model, x0, _ = mixture("cosine", 0, 2000)
+    a, b = (
+        likelihood.bound(model, x0, torch.arange(2000), draws=4, discrete=False, first=f)["total"]
+        for f in (0, 4)
+    )
+    assert not torch.equal(a, b)
+    assert abs((a - b).mean()) < 4 * (a - b).std() / math.sqrt(2000)

@@ -156,51 +156,117 @@ def test_labels_are_chosen(trained, tmp_path):
     assert "--label 11" in refused("generate.py", *flags, "--label", "11", cwd=tmp_path)
 
 
+FEW = ["--test_items", 30, "--num_samples", 30, "--exact_items", 4, "--out", "e"]
+
+
+def evaluated(*flags, cwd):
+    """evaluation.json of a run of evaluate.py that must succeed, and what it printed."""
+    out = run("evaluate.py", *flags, "--out", "e", cwd=cwd)
+    return json.loads((cwd / "e" / "evaluation.json").read_text()), out
+
+
 @pytest.mark.parametrize("name", ["digits", "moons"])
 def test_evaluate(trained, tmp_path, name):
-    out = run(
-        "evaluate.py",
-        "--checkpoint",
-        trained / name / "last.pth",
-        "--test_items",
-        60,
-        "--num_samples",
-        40,
-        "--draws",
-        2,
-        "--steps",
-        4,
-        "--out",
-        "e",
-        cwd=tmp_path,
-    )
-    results = json.loads((tmp_path / "e" / "evaluation.json").read_text())
-    bound = results["bound"]
-    assert bound["unit"] == ("bits/dim" if name == "digits" else "nats")
-    total = sum(bound[term]["mean"] for term in ("prior", "diffusion", "reconstruction"))
-    assert bound["total"]["mean"] == pytest.approx(total)
-    assert f"{bound['total']['mean']:.4f}" in out
-    assert len(results["loss_by_level"]) == 10
-    assert results["quality"]["ratio"] > 1
-    assert Image.open(tmp_path / "e" / "evaluation.png").width > 500
+    path = trained / name / "last.pth"
+    few = ["--test_items", 60, "--num_samples", 40, "--draws", 2, "--steps", 4, "--exact_items", 6]
+    results, out = evaluated("--checkpoint", path, *few, cwd=tmp_path)
+    recipe, (subject,) = results["recipe"], results["subjects"]
+    assert recipe["unit"] == ("bits/dim" if name == "digits" else "nats")
+    assert (recipe["num_samples"], recipe["test_items"], recipe["exact_items"]) == (40, 60, 6)
+    assert subject["about"]["steps"] == 4
+    assert subject["about"]["sampler"] == "unipc"
+    for view in ("discrete", "continuous"):
+        terms = subject["bound"][view]
+        total = sum(terms[term]["value"] for term in ("prior", "diffusion", "reconstruction"))
+        assert terms["total"]["value"] == pytest.approx(total)
+        assert f"{terms['total']['value']:.4f} ± {terms['total']['error']:.4f}" in out
+    assert f"{subject['exact']['total']['value']:.4f}" in out
+    assert len(subject["loss"]) == 10
+    spaces = {"digits": {"judge", "pixels"}, "moons": {"plane"}}[name]
+    assert set(subject["quality"]) == spaces
+    for space in spaces:
+        for figure, e in subject["quality"][space].items():
+            if figure not in ("counts", "agreement"):
+                assert e["samples"]["interval"][0] <= e["samples"]["value"], figure
+                assert e["floor"]["value"] is not None
+    if name == "digits":  # of a model that has learned next to nothing
+        assert all(subject["quality"][s]["frechet"]["ratio"]["value"] > 1 for s in spaces)
+    assert len(subject["memorisation"]["closest"]) == 16
+    assert "too few" in out
+    page = (tmp_path / "e" / "evaluation.html").read_text()
+    assert "http" not in page
+    assert page.count("data:image/png") == len(list((tmp_path / "e").glob("*.png")))
+    for picture in (tmp_path / "e").glob("*.png"):
+        assert Image.open(picture).width > 100
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_evaluate_does_not_depend_on_the_batch(trained, tmp_path):
-    flags = [
-        "--checkpoint",
-        trained / "digits" / "last.pth",
-        "--test_items",
-        30,
-        "--num_samples",
-        30,
-    ]
-    flags += ["--steps", 3, "--draws", 2]
-    totals = []
+    flags = ["--checkpoint", trained / "digits" / "last.pth", "--steps", 3, "--draws", 2, *FEW[:-2]]
+    found = []
     for size in (30, 7):
         run("evaluate.py", *flags, "--batch_size", size, "--out", f"e{size}", cwd=tmp_path)
         results = json.loads((tmp_path / f"e{size}" / "evaluation.json").read_text())
-        totals.append([results["bound"]["total"]["mean"], results["quality"]["value"]])
-    assert totals[0] == pytest.approx(totals[1], rel=1e-3)
+        (subject,) = results["subjects"]
+        found.append(
+            [
+                subject["bound"]["discrete"]["total"]["value"],
+                subject["exact"]["total"]["value"],
+                subject["quality"]["pixels"]["frechet"]["samples"]["value"],
+            ]
+        )
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_samples_of_a_model_are_judged_as_the_model_is(trained, tmp_path):
+    """Whether evaluate.py draws them, or is given them in an .npz, a folder or a .zip."""
+    path = trained / "moons" / "model.pth"
+    run("generate.py", "--checkpoint", path, "--num_samples", 50, "--steps", 5, "--seed", 4,
+        "--out", "s.npz", cwd=tmp_path)  # fmt: skip
+    flags = ["--num_samples", 50, "--metrics", "plane,calibration"]
+    ours, _ = evaluated("--checkpoint", path, *flags, "--steps", 5, "--seed", 4, cwd=tmp_path)
+    shutil.rmtree(tmp_path / "e")
+    theirs, _ = evaluated("--samples", "s.npz", "--dataset", "moons", *flags, cwd=tmp_path)
+    for name in ("quality", "calibration"):
+        a, b = (r["subjects"][0][name] for r in (ours, theirs))
+        assert json.dumps(a) == json.dumps(b)
+    shutil.rmtree(tmp_path / "e")
+
+    images = load_data("digits").train[:40, 0].numpy()
+    (tmp_path / "folder").mkdir()
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{i:03d}.png")
+    shutil.make_archive(tmp_path / "zip", "zip", tmp_path / "folder")
+    np.savez(tmp_path / "adm.npz", images[..., None])  # arr_0, as others write it
+    np.save(tmp_path / "a.npy", images)
+    found = set()
+    for name in ("folder", "zip.zip", "adm.npz", "a.npy"):
+        flags = ["--samples", name, "--dataset", "digits", "--metrics", "pixels,memorisation"]
+        results, _ = evaluated(*flags, cwd=tmp_path)
+        assert results["subjects"][0]["memorisation"]["copies"] == 40
+        found.add(json.dumps(results["subjects"][0]["quality"]))
+        shutil.rmtree(tmp_path / "e")
+    assert len(found) == 1
+
+
+def test_comparison(trained, tmp_path):
+    paths = [trained / "digits" / "model.pth", trained / "digits" / "step_00000018.pth"]
+    np.save(tmp_path / "real.npy", load_data("digits").train[:30, 0].numpy())
+    few = [*FEW[:-2], "--draws", 2, "--steps", 3]
+    results, out = evaluated("--compare", *paths, "real.npy", *few, cwd=tmp_path)
+    names = [s["name"] for s in results["subjects"]]
+    assert names == ["model", "step_00000018", "real"]
+    rows = {(r["subject"], r["figure"]): r["difference"] for r in results["comparison"]}
+    a, b = (s["bound"]["discrete"]["total"] for s in results["subjects"][:2])
+    difference = rows["step_00000018", "bound/discrete/total"]
+    assert difference["value"] == pytest.approx(b["value"] - a["value"])
+    assert difference["error"] < 0.5 * a["error"]  # paired: two steps apart, on the same items
+    assert ("real", "bound/discrete/total") not in rows
+    assert rows["real", "quality/pixels/frechet/samples"]["value"] < 0
+    assert "step_00000018 less model" in out
+    assert "quality/judge/precision/samples" in out
+    page = (tmp_path / "e" / "evaluation.html").read_text()
+    assert page.count("<h2>") == 4
 
 
 def start(*flags, cwd):
@@ -447,6 +513,7 @@ EVALUATE_LINES = [
     "--sampler heun --churn 4 --steps 3 --clip dynamic --weights raw --device cpu --data_dir d",
     "--guidance 2 --guidance_interval -3 4 --guidance_rescale 0.5 --steps 3",
     "--guide {run} --guidance 2 --steps 3",
+    "--metrics pixels,exact --reference train --exact_draws 2 --steps 3",
 ]
 
 
@@ -493,10 +560,15 @@ def test_generate_lines(given, tmp_path, line):
 
 @pytest.mark.parametrize("line", EVALUATE_LINES)
 def test_evaluate_lines(given, tmp_path, line):
-    few = ["--checkpoint", given["run"], "--test_items", 30, "--num_samples", 30, "--out", "e"]
-    run("evaluate.py", *few, *line.format(**given).split(), cwd=tmp_path)
-    recipe = json.loads((tmp_path / "e" / "evaluation.json").read_text())["recipe"]
-    assert recipe["guidance"] == (2 if "--guidance" in line else None)
+    flags = ["--checkpoint", given["run"], *FEW[:-2], *line.format(**given).split()]
+    results, out = evaluated(*flags, cwd=tmp_path)
+    about = results["subjects"][0]["about"]
+    assert about["guidance"] == (2 if "--guidance" in line else None)
+    assert about["weights"] == ("raw" if "--weights raw" in line else "ema")
+    assert results["recipe"]["reference"] == ("train" if "--reference" in line else "test")
+    if "--metrics" in line:
+        assert set(results["subjects"][0]) == {"name", "about", "exact", "quality"}
+        assert "importance-weighted over 2" in out
 
 
 @pytest.mark.parametrize("script", ["train", "generate", "evaluate"])
@@ -509,7 +581,10 @@ def test_every_option_is_run_by_some_test(script, capsys):
     elsewhere = {
         "train": {"--batch_size", "--resume", "--dry_run", "--max_steps"},
         "generate": {"--checkpoint", "--num_samples", "--format", "--out", "--noise"},
-        "evaluate": {"--checkpoint", "--num_samples", "--test_items", "--out"},
+        "evaluate": {
+            *("--checkpoint", "--num_samples", "--test_items", "--exact_items", "--out"),
+            *("--samples", "--compare", "--dataset", "--image_size", "--inception_weights"),
+        },
     }[script]
     assert len(options) > 10
     assert options - set(" ".join(lines).split()) == elsewhere
@@ -548,8 +623,7 @@ def test_a_learned_schedule_goes_through_all_scripts(given, tmp_path):
     for i, edit in enumerate(("--reconstruct", "--interpolate", "--image")):
         run("generate.py", "--checkpoint", path, edit, given["array"], "--out", f"{i}.png",
             cwd=tmp_path)  # fmt: skip
-    few = ["--test_items", 30, "--num_samples", 30, "--out", "e"]
-    run("evaluate.py", "--checkpoint", path, *few, cwd=tmp_path)
+    run("evaluate.py", "--checkpoint", path, *FEW, cwd=tmp_path)
     run("train.py", "--resume", path, "--max_steps", 5, cwd=tmp_path)
 
 
@@ -557,8 +631,7 @@ def test_a_learned_schedule_goes_through_all_scripts(given, tmp_path):
 def test_few_steps_and_noise_alone_go_through_all_scripts(given, tmp_path, flags):
     run("train.py", *TINY, *flags.split(), "--max_steps", 3, cwd=tmp_path)
     path = tmp_path / "checkpoints" / "digits" / "last.pth"
-    few = ["--test_items", 30, "--num_samples", 30, "--out", "e"]
-    run("evaluate.py", "--checkpoint", path, *few, cwd=tmp_path)
+    run("evaluate.py", "--checkpoint", path, *FEW, cwd=tmp_path)
     run("generate.py", "--checkpoint", path, "--image", given["array"], cwd=tmp_path)
     if flags != "--timesteps 1":
         run("generate.py", "--checkpoint", path, "--reconstruct", given["array"], cwd=tmp_path)
@@ -648,11 +721,14 @@ def test_a_folder_of_pictures(pictures, tmp_path):
         2,
         "--draws",
         1,
-        "--out",
-        "e",
+        "--exact_items",
+        2,
     ]
     for place in (moved, moved.parent):
-        run("evaluate.py", *few, "--data_dir", place, cwd=tmp_path)
+        results, out = evaluated(*few, "--data_dir", place, cwd=tmp_path)
+        assert "too few samples or real items, 2" in out
+        assert "quality" not in results["subjects"][0]
+        shutil.rmtree(tmp_path / "e")
     run("train.py", "--resume", path, "--data_dir", moved, "--max_steps", 3, cwd=tmp_path)
     shutil.rmtree(moved / "red")
     assert "trained on" in refused("evaluate.py", *few, "--data_dir", moved, cwd=tmp_path)
@@ -703,9 +779,54 @@ def test_the_shipped_digits(tmp_path):
         128,
     )
     assert set(state) == set(checkpoint.INFERENCE)
-    run("evaluate.py", "--checkpoint", DIGITS, "--num_samples", 360, "--steps", 20, "--draws", 4,
-        "--out", "e", cwd=tmp_path)  # fmt: skip
-    results = json.loads((tmp_path / "e" / "evaluation.json").read_text())
-    assert results["fingerprint"] == state["provenance"]["fingerprint"]
-    assert results["quality"]["ratio"] < 2
-    assert results["bound"]["total"]["mean"] < 5
+    results, _ = evaluated(
+        "--checkpoint", DIGITS, "--metrics", "bound,pixels,judge", "--draws", 4, cwd=tmp_path
+    )
+    assert results["dataset"]["fingerprint"] == state["provenance"]["fingerprint"]
+    (subject,) = results["subjects"]
+    for space in ("pixels", "judge"):
+        assert subject["quality"][space]["frechet"]["ratio"]["value"] < 2
+    assert subject["bound"]["discrete"]["total"]["value"] < 5
+
+
+EVALUATE_REFUSED = {
+    "": "required",
+    "--checkpoint {run} --samples a.npy": "not allowed",
+    "--samples a.npy": "--dataset",
+    "--samples a.npy --dataset none": "none",
+    "--samples float.npy --dataset digits": "uint8",
+    "--samples wide.npy --dataset digits": "(5, 9, 9)",
+    "--samples a.npy --dataset digits --metrics bound": "needs a model",
+    "--checkpoint {run} --dataset digits": "--dataset",
+    "--checkpoint {run} --metrics fid": "expected some of",
+    "--checkpoint {run} --metrics plane": "points",
+    "--checkpoint {run} --out full": "not overwritten",
+    "--checkpoint {run} --num_samples 1": "--num_samples",
+    "--checkpoint {run} --exact_items 0": "--exact_items",
+    "--checkpoint {run} --image_size 8": "--image_size",
+    "--checkpoint {run} --inception_weights w.pth": "--metrics inception",
+    "--compare {run}": "different paths",
+    "--compare {run} {run}": "different paths",
+    "--compare {run} {moons}": "trained on",
+}
+
+
+@pytest.mark.parametrize(("flags", "word"), EVALUATE_REFUSED.items())
+def test_evaluate_refuses_in_a_line_before_any_work(given, tmp_path, flags, word):
+    np.save(tmp_path / "a.npy", np.zeros((5, 8, 8), np.uint8))
+    np.save(tmp_path / "wide.npy", np.zeros((5, 9, 9), np.uint8))
+    np.save(tmp_path / "float.npy", np.zeros((5, 8, 8), np.float32))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "kept.txt").write_text("x")
+    before = sorted(tmp_path.rglob("*"))
+    line = flags.format(run=given["run"], moons=given["run"].parent.parent / "moons" / "last.pth")
+    assert word in refused("evaluate.py", *line.split(), cwd=tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_evaluate_says_in_a_line_that_inception_is_missing(given, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)
+    flags = ["--checkpoint", given["run"], "--metrics", "inception", "--inception_weights", "w.pth"]
+    line = refused("evaluate.py", *flags, cwd=tmp_path, code=1)
+    assert "pip install torch-fidelity" in line
+    assert not list(tmp_path.iterdir())
