@@ -69,9 +69,9 @@ class Setting:
         self.count = len(self.reference)
         self.floor, _ = picked(*other, self.count)
 
-    def batches(self, name, count):
-        """Indices of `count` items, batch after batch."""
-        return self.progress(name)(torch.arange(count).split(self.size))
+    def batches(self, name, count, copies=1):
+        """Indices of `count` items, batch after batch, of which each is used in `copies`."""
+        return self.progress(name)(torch.arange(count).split(max(1, self.size // copies)))
 
 
 def picked(items, labels, count):
@@ -120,12 +120,12 @@ def draw(model, setting, options):
     return torch.cat(parts).cpu()
 
 
-def of_test(model, setting, name, count, measure):
+def of_test(model, setting, name, count, measure, copies=1):
     """`measure`(x0, indices, label) of `count` test items in batches: a list of what it gives."""
     device, dataset = next(model.parameters()).device, setting.dataset
     items, labels = picked(dataset.test, dataset.test_labels, count)
     found = []
-    for indices in setting.batches(name, len(items)):
+    for indices in setting.batches(name, len(items), copies):
         label = labels[indices].to(device) if model.classes else None
         found.append(measure(to_float(items[indices]).to(device), indices, label))
     return found
@@ -184,22 +184,31 @@ def log_density(dataset, count):
     return dataset.log_density and dataset.log_density(picked(dataset.test, None, count)[0])
 
 
-def exact(model, setting, count, draws):
-    """The exact negative log-likelihood, a dict of Estimates: `total`; of pictures, whose total is
-    uniform dequantisation's, also `importance_weighted` from the same draws; of points `gap`."""
-    dataset = setting.dataset
-    draws = draws if dataset.is_image else 1
+def exact(model, setting, count, draws, bounds=None):
+    """The exact negative log-likelihood by way of dequantisation, `uniform` and `noise`, or of
+    points, `density`: dicts of Estimates, `total`; of pictures `importance_weighted`, from the same
+    draws; `gap` to the entropy, where it is known; and how far `below` the continuous bound of the
+    same items it is, given `bounds`, of one item each."""
+    dataset, found = setting.dataset, {}
+    ways = {"uniform": draws, "noise": draws} if dataset.is_image else {"density": 1}
+    for way, copies in ways.items():
 
-    def measure(x0, indices, label):
-        return likelihood.exact(model, x0, indices, setting.seed, draws, label, dataset.is_image)
+        def measure(x0, indices, label, way=way, copies=copies):
+            dequantise = way if dataset.is_image else None
+            return likelihood.exact(model, x0, indices, setting.seed, copies, label, dequantise)
 
-    nats = torch.cat(of_test(model, setting, "exact", count, measure), dim=1)
-    found = {"total": Estimate.mean(nats.mean(dim=0) / unit(dataset))}
-    if dataset.is_image:
-        weighted = math.log(draws) - torch.logsumexp(-nats, dim=0)
-        found["importance_weighted"] = Estimate.mean(weighted / unit(dataset))
-    elif (known := log_density(dataset, count)) is not None:
-        found["gap"] = Estimate.mean(nats[0] + known)
+        parts = of_test(model, setting, f"exact, {way}", count, measure, copies)
+        nats = torch.cat(parts, dim=1)
+        values = {"total": nats.mean(dim=0) / unit(dataset)}
+        if dataset.is_image:
+            weighted = math.log(copies) - torch.logsumexp(-nats, dim=0)
+            values["importance_weighted"] = weighted / unit(dataset)
+        elif (known := log_density(dataset, count)) is not None:
+            values["gap"] = values["total"] + known
+        if bounds is not None and way != "uniform":  # whose ends are other than the bound's
+            both = min(len(bounds), nats.shape[1])
+            values["below"] = bounds[:both] - values["total"][:both]
+        found[way] = {name: Estimate.mean(v) for name, v in values.items()}
     return found
 
 
@@ -315,13 +324,7 @@ def memorisation(drawn, setting):
         "copies": int((distances == 0).sum()),
         "median": {"samples": distances.median().item(), "held_out": middle},
         "closest": [
-            {
-                "sample": i,
-                "train": which[i].item(),
-                "distance": distances[i].item(),
-                "ratio": distances[i].item() / middle,
-            }
-            for i in first
+            {"sample": i, "train": which[i].item(), "distance": distances[i].item()} for i in first
         ],
     }
 
@@ -332,69 +335,67 @@ def calibration(drawn, setting):
     pictures the share of `saturated` values, 0 or 255."""
 
     def moments(items):
-        x = items.double().flatten(2) if items.ndim == 4 else items.double()[..., None]
-        found = {}
-        for c, (first, second) in enumerate(
-            zip(x.mean(dim=2).T, x.square().mean(dim=2).T, strict=True)
-        ):
-            mean = Estimate.mean(first)
-            sd = math.sqrt(max(0.0, second.mean().item() - mean.value**2))
+        channels = items.double().reshape(*items.shape[:2], -1).unbind(dim=1)
+        for c, x in enumerate(channels):
+            first, second = x.mean(dim=1), x.square().mean(dim=1)
+            sd = math.sqrt(max(0.0, second.mean().item() - first.mean().item() ** 2))
             # what an item adds to the variance, by the delta method
-            share = (second - 2 * mean.value * first) / (2 * sd or 1) / math.sqrt(len(first))
-            found[f"channel {c}"] = {"mean": mean, "sd": Estimate(sd, share)}
+            share = (second - 2 * first.mean() * first) / (2 * sd or 1) / math.sqrt(len(first))
+            yield f"channel {c}", "mean", Estimate.mean(first)
+            yield f"channel {c}", "sd", Estimate(sd, share)
         if items.ndim == 4:
             ends = ((items == 0) | (items == 255)).flatten(1).double().mean(dim=1)
-            found["saturated"] = {"share": Estimate.mean(ends, range=(0, 1))}
-        return found
+            yield "saturated", "share", Estimate.mean(ends, range=(0, 1))
 
-    ours, real = moments(drawn), moments(setting.reference)
-    return {
-        name: {
-            figure: {
-                "samples": e,
-                "real": real[name][figure],
-                "difference": e - real[name][figure],
-            }
-            for figure, e in row.items()
-        }
-        for name, row in ours.items()
-    }
+    found = {}
+    for (name, figure, ours), (_, _, real) in zip(
+        moments(drawn), moments(setting.reference), strict=True
+    ):
+        row = {"samples": ours, "real": real, "difference": ours - real}
+        found.setdefault(name, {})[figure] = row
+    return found
 
 
 def evaluate(subjects, dataset, metrics, args, device, progress):
     """(results, pictures): all that is chosen of all subjects, as a dict for JSON, and for each
     subject a dict of PIL images. args: the flags of evaluate.py."""
-    read = features.inception(args.inception_weights, device) if "inception" in metrics else None
-    fewest = min([args.num_samples, *(len(s.drawn) for s in subjects if s.drawn is not None)])
-    setting = Setting(dataset, fewest, args.seed, args.batch_size, args.reference, progress)
-    told, about_judge = [], None
+    extract = dict.fromkeys(("pixels", "plane"), features.pixel_features)
+    if "inception" in metrics:  # first, since it may be missing
+        extract["inception"] = features.inception(args.inception_weights, device)
+    count = min([args.num_samples, *(len(s.drawn) for s in subjects if s.drawn is not None)])
+    setting = Setting(dataset, count, args.seed, args.batch_size, args.reference, progress)
+    exact_items = args.exact_items or (128 if dataset.is_image else 2000)
+    told, spaces = [], [name for name in SPACES if name in metrics]
     for subject in subjects:
         trained_on = subject.about.get("provenance", {}).get("fingerprint", dataset.fingerprint)
         if trained_on != dataset.fingerprint:
-            told.append(
-                f"{subject.name}: this is not the data that the model was trained on; its test "
-                "items may have been among the training items"
+            told.append(f"{subject.name}: this is not the data that the model was trained on; its "
+                        "test items may have been among the training items")  # fmt: skip
+        model, found = subject.model, subject.found
+        if model is None:  # some of all, which may be sorted
+            which = order(0, 0, len(subject.drawn))[: setting.count].sort().values
+            subject.drawn = subject.drawn[which]
+            continue
+        if "loss" in metrics:
+            found["loss"] = loss(model, setting, args.test_items)
+        if "bound" in metrics:
+            found["bound"] = bound(model, setting, args.test_items, args.draws)
+        if "exact" in metrics:
+            total = found["bound"]["continuous"]["total"] if "bound" in metrics else None
+            found["exact"] = exact(
+                model, setting, exact_items, args.exact_draws, total and total.items
             )
-        measure_model(subject, setting, metrics, args)
-    spaces = {"pixels": features.pixel_features, "plane": features.pixel_features}
-    spaces["inception"] = read
-    if "judge" in metrics and setting.count >= FEWEST:
+        if set(metrics) - set(OF_MODELS):
+            subject.drawn = draw(model, setting, subject.options)
+    if spaces and setting.count < FEWEST:
+        told.append(f"too few samples or real items, {setting.count}, for {', '.join(spaces)}")
+        spaces = []
+    judge = None
+    if "judge" in spaces:
         judge, path = features.judge_of(dataset, progress("judge"), device)
-        spaces["judge"] = lambda items: judge.of(items)[0]
-        about_judge = {
-            "task": "labels" if dataset.classes else "rotations",
-            "accuracy": judge.accuracy.item(),
-            "fingerprint": judge.fingerprint,
-            "remembered": path and str(path),
-        }
-    asked = [name for name in SPACES if name in metrics]
-    if setting.count < FEWEST:
-        told += [f"too few samples or real items, {setting.count}, for {', '.join(asked)}"] * bool(
-            asked
-        )
-        asked = []
-    for name in asked:
-        measure, dimension = in_space(name, setting, spaces[name])
+        extract["judge"] = lambda items: judge.of(items)[0]
+    for name in spaces:
+        measure, dimension = in_space(name, setting, extract[name])
         sort = in_classes(judge, setting) if name == "judge" and dataset.classes else None
         told += [f"{name}: {note}" for note in notes(name, setting, dimension)]
         for subject in progress(name)(subjects):
@@ -402,66 +403,30 @@ def evaluate(subjects, dataset, metrics, args, device, progress):
             if sort:
                 found |= sort(subject.drawn, subject.model and subject.model.classes)
             subject.found.setdefault("quality", {})[name] = found
-    for subject in subjects:
-        for name, measure in (("memorisation", memorisation), ("calibration", calibration)):
-            if name in metrics and subject.drawn is not None:
-                subject.found[name] = measure(subject.drawn, setting)
-    known = log_density(dataset, args.test_items)
+    for name, measure in (("memorisation", memorisation), ("calibration", calibration)):
+        for subject in subjects if name in metrics else ():
+            subject.found[name] = measure(subject.drawn, setting)
+    known, test = log_density(dataset, args.test_items), len(dataset.test)
+    recipe = {name: getattr(args, name) for name in ("seed", "reference", "draws", "exact_draws")}
+    recipe |= {"test_items": min(args.test_items, test), "exact_items": min(exact_items, test)}
+    recipe |= {"num_samples": setting.count, "floor_items": len(setting.floor), "metrics": metrics}
+    recipe |= {"unit": "bits/dim" if dataset.is_image else "nats", "torch": str(torch.__version__)}
+    recipe |= {"tolerances": likelihood.TOLERANCES, "neighbours": quality.NEIGHBOURS}
+    recipe |= {"resamples": quality.RESAMPLES, "judge": None}
+    if judge:
+        recipe["judge"] = {"accuracy": judge.accuracy.item(), "fingerprint": judge.fingerprint}
+        recipe["judge"] |= {"learned": "labels" if dataset.classes else "turns", "file": str(path)}
+    about = {name: getattr(dataset, name) for name in ("name", "fingerprint", "event", "classes")}
     results = {
         "schema": SCHEMA,
-        "dataset": {
-            "name": dataset.name,
-            "fingerprint": dataset.fingerprint,
-            "event": list(dataset.event),
-            "classes": dataset.classes,
-            "train": len(dataset.train),
-            "test": len(dataset.test),
-        },
-        "recipe": {
-            "metrics": metrics,
-            "unit": "bits/dim" if dataset.is_image else "nats",
-            "test_items": min(args.test_items, len(dataset.test)),
-            "exact_items": min(exact_items(args, dataset), len(dataset.test)),
-            "num_samples": setting.count,
-            "reference": setting.against,
-            "floor_items": len(setting.floor),
-            "seed": args.seed,
-            "draws": args.draws,
-            "exact_draws": args.exact_draws if dataset.is_image else 1,
-            "tolerance": likelihood.TOLERANCE,
-            "resamples": quality.RESAMPLES,
-            "neighbours": quality.NEIGHBOURS,
-            "judge": about_judge,
-            "torch": str(torch.__version__),
-        },
+        "dataset": about | {"train": len(dataset.train), "test": test},
+        "recipe": recipe,
         "notes": told,
         "entropy": None if known is None else Estimate.mean(-known),
         "subjects": [{"name": s.name, "about": s.about, **s.found} for s in subjects],
         "comparison": comparison(subjects),
     }
     return plain(results), {s.name: pictures(s, setting) for s in subjects}
-
-
-def exact_items(args, dataset):
-    return args.exact_items or (128 if dataset.is_image else 2000)
-
-
-def measure_model(subject, setting, metrics, args):
-    """What needs the model itself, and its samples."""
-    model = subject.model
-    if model is None:  # some of all, which may be sorted
-        which = order(0, 0, len(subject.drawn))[: setting.count]
-        subject.drawn = subject.drawn[which.sort().values]
-        return
-    if "loss" in metrics:
-        subject.found["loss"] = loss(model, setting, args.test_items)
-    if "bound" in metrics:
-        subject.found["bound"] = bound(model, setting, args.test_items, args.draws)
-    if "exact" in metrics:
-        count = exact_items(args, setting.dataset)
-        subject.found["exact"] = exact(model, setting, count, args.exact_draws)
-    if set(metrics) - set(OF_MODELS):
-        subject.drawn = draw(model, setting, subject.options)
 
 
 def pictures(subject, setting):

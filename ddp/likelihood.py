@@ -10,7 +10,7 @@ from ddp.forward import alpha_sigma, diffuse, normal, uniform
 from ddp.guidance import static
 
 LOSS_STEPS = 1 << 20
-TOLERANCE = 1e-5  # of the solver, relative and absolute
+TOLERANCES = (1e-5, 1e-4)  # of the solver, relative and absolute: of densities, of pixels
 SUM_STEPS = 1000  # of the discrete bound of a continuous schedule
 EXACT_TRACE = 4  # dimensions up to which a divergence is computed, not estimated
 NOISIEST = -20.0  # log_snr that stands for -inf, in sums and in figures
@@ -157,27 +157,42 @@ def integrate(slope, y, start, end, tolerance, controlled):
 
 
 @torch.no_grad()
-def exact(model, x0, indices, seed=0, draws=1, label=None, discrete=True, tolerance=TOLERANCE):
+def exact(model, x0, indices, seed=0, draws=1, label=None, dequantise=None, tolerance=None):
     """-log p(x0) in nats, (draws, B), by the change of variables along the probability-flow ODE.
     Song et al. 2021, eq. 39, which in log-SNR reads dx/dlog_snr = alpha (x0_hat - alpha x) / 2.
 
     The density is that of the model's data with the schedule's least noise. Its divergence is exact
     in up to EXACT_TRACE dimensions, and else Hutchinson's unbiased estimate, from one vector of
-    signs an item. discrete: x0 is uint8 pixels, to which each draw adds noise that fills their bin
-    (uniform dequantisation; Theis et al. 2016, section 3.1): the mean over draws is a bound; so is
-    log K - logsumexp over K of them, and tighter (Burda et al. 2016, eq. 8). The vector of signs is
-    the same for every draw, so that its noise hardly enters the latter."""
+    signs an item; the same for every draw, so that its noise hardly enters a mean of exponentials.
+
+    dequantise: None when x0 has a density. Pixels are given one by each draw: `uniform` noise fills
+    their bin (Theis et al. 2016, section 3.1); `noise` is what the schedule leaves at its clean
+    end, and the bound's decoder takes it off again (Kingma et al. 2021, eq. 11, whose diffusion
+    term the flow replaces). The mean over draws is a bound; so is log K - logsumexp over K of them,
+    and tighter (Burda et al. 2016, eq. 8)."""
     schedule, indices, size = model.schedule, indices.to(x0.device), x0[0].numel()
     copies = [draws, *[1] * len(model.event)]
     clean = schedule.log_snr(0.0).item()
     noisy = schedule.log_snr(1.0).clamp_min(NOISIEST).item()
-    scale = torch.sigmoid(torch.tensor(clean)).sqrt()
-    volume = size * scale.log().item()
     x0, label = x0.repeat(copies), None if label is None else label.repeat(draws)
-    if discrete:
+    alpha, sigma = alpha_sigma(torch.tensor(clean).to(x0), x0)
+    nats = torch.zeros(len(x0), dtype=torch.float64)  # beyond the flow's
+    if dequantise:
+        draw = {"uniform": uniform, "noise": normal}[dequantise]
         steps = range(3 * LOSS_STEPS, 3 * LOSS_STEPS + draws)
-        u = torch.cat([uniform(seed, "test", step, indices, model.event) for step in steps])
-        x0, volume = x0 + (2 * u - 1) / 255, volume + size * math.log(2 / 255)
+        drawn = torch.cat([draw(seed, "test", step, indices, model.event) for step in steps])
+    if dequantise == "noise":
+        xt, level = alpha * x0 + sigma * drawn, torch.full_like(x0.flatten(1)[:, 0], clean)
+        x0_hat = model.denoise(xt, level, label)
+        x0_hat = static(x0_hat) if model.is_image else x0_hat
+        nats += reconstruction_term(x0, x0_hat, level, True).cpu()
+        normalised = -0.5 * (drawn.double() ** 2 + math.log(2 * math.pi)) - sigma.log()
+        nats += normalised.flatten(1).sum(dim=1).cpu()
+    else:
+        nats -= size * alpha.log().item()
+        if dequantise:
+            x0, nats = x0 + (2 * drawn - 1) / 255, nats - size * math.log(2 / 255)
+        xt = alpha * x0
     if size <= EXACT_TRACE:
         probes = torch.eye(size).to(x0).reshape(size, 1, *model.event).expand(-1, *x0.shape)
     else:
@@ -200,10 +215,11 @@ def exact(model, x0, indices, seed=0, draws=1, label=None, discrete=True, tolera
         divergence = alpha[:, 0] / 2 * (trace - alpha[:, 0] * size)
         return torch.cat([change, divergence[:, None]], dim=1)
 
-    y = F.pad((scale * x0).flatten(1).double(), (0, 1))
+    y = F.pad(xt.flatten(1).double(), (0, 1))
+    tolerance = tolerance or TOLERANCES[dequantise is not None]
     y = integrate(slope, y, clean, noisy, tolerance, slice(size))
     prior = -0.5 * (y[:, :-1] ** 2 + math.log(2 * math.pi)).sum(dim=1)
-    return -(prior + y[:, -1] + volume).reshape(draws, -1).cpu()
+    return (nats - (prior + y[:, -1]).cpu()).reshape(draws, -1)
 
 
 @torch.no_grad()

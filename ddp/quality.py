@@ -143,6 +143,11 @@ class Estimate:
         return cls(values.mean().item(), values / math.sqrt(len(values)), **rest)
 
     @property
+    def items(self):
+        """The values, (N,), that it is the mean of."""
+        return self.draws * math.sqrt(len(self.draws))
+
+    @property
     def error(self):
         return self.draws.std().item() if len(self.draws) > 1 else math.nan
 
@@ -222,6 +227,6 @@ MEASURES = {
     "mmd": gaussian_discrepancy,
     "histogram_kl": histogram_divergence,
 }
-HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage")
+HIGHER_IS_BETTER = ("precision", "recall", "density", "coverage", "named", "agreement")
 RANGES = dict.fromkeys(("precision", "recall", "coverage", "histogram", "named"), (0, 1))
 RANGES |= dict.fromkeys(("kernel", "mmd", "frechet_infinite"), (-math.inf, math.inf))

@@ -51,3 +51,13 @@ def test_ablation(folder):
     out = python("benchmarks/ablation.py", *flags, cwd=folder)
     assert "norm=none" in out
     assert len(json.loads((folder / "ablation.json").read_text())["rows"]) == 2
+
+
+def test_sensitivity(folder):
+    out = python("benchmarks/sensitivity.py", "--samples", 60, "--noise", 0, 50, cwd=folder)
+    rows = json.loads((folder / "sensitivity.json").read_text())["rows"]
+    assert [(r["space"], r["noise"]) for r in rows] == [
+        *(("judge", 0), ("judge", 50), ("pixels", 0), ("pixels", 50)),
+    ]
+    assert rows[0]["frechet"]["samples"] == rows[0]["frechet"]["floor"]
+    assert f"{rows[3]['frechet']['samples']['value']:.4g}" in out

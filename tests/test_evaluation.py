@@ -144,9 +144,11 @@ def test_likelihoods_of_a_model_that_knows_its_data():
     model.classes, model.parameters = 0, lambda: iter([torch.zeros(1)])
     setting = Setting(dataset, 500)
     found = evaluation.bound(model, setting, 1000, 16)
-    exact = evaluation.exact(model, setting, 1000, 4)
-    assert set(exact) == {"total", "gap"}
-    for e in (found["continuous"]["gap"], exact["gap"]):
+    bounds = found["continuous"]["total"].items
+    exact = evaluation.exact(model, setting, 1000, 4, bounds)["density"]
+    assert set(exact) == {"total", "gap", "below"}
+    assert exact["below"].error < 0.1
+    for e in (found["continuous"]["gap"], exact["gap"], exact["below"]):
         assert abs(e.value) < 4 * e.error + 1e-3
     assert found["discrete"]["gap"].value > found["continuous"]["gap"].value
     total, spread = found["continuous"]["total"], found["continuous"]["monte_carlo"]
@@ -216,7 +218,12 @@ def results(**found):
     subject = {"name": HOSTILE, "about": {"checkpoint": "/a&b.pth", "step": 3}}
     return {
         "dataset": {"name": HOSTILE, "event": [1, 8, 8], "classes": [], "train": 9, "test": 5},
-        "recipe": {"seed": 0, "command": "python evaluate.py --checkpoint '<b>'"},
+        "recipe": {
+            "seed": 0,
+            "command": "python evaluate.py --checkpoint '<b>'",
+            "unit": "nats",
+            "test_items": 5,
+        },
         "notes": ["too few <items>"],
         "entropy": None,
         "subjects": [subject | found],
