@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image, ImageDraw
 
 CELL = 48  # pixels: pictures smaller than this are enlarged, so that an 8x8 digit can be read
@@ -126,6 +127,9 @@ def ratios(spaces):
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [name for name, _ in reversed(rows)])
     axes.set(xscale="log", xlabel="samples over floor (1: as real items)")
+    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3, which="both", axis="x")
     return figure
 

@@ -19,7 +19,9 @@ h3 { font-size: 1rem; margin: 2rem 0 .2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { padding: .25rem .8rem; text-align: right; border-bottom: 1px solid #8884 }
 td, th { white-space: nowrap } td:first-child, th:first-child { text-align: left; padding-left: 0 }
-figure { margin: 1.5rem 0 } img { max-width: 100%; height: auto; background: #fff }
+.pictures { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-end }
+figure { margin: 1rem 0 } img { max-width: 100%; height: auto; background: #fff }
+@media (max-width: 40rem) { table { font-size: .8rem } td, th { padding: .2rem .5rem } }
 .note { color: #b45309 } small, figcaption { color: #888 } small { overflow-wrap: anywhere }
 pre { overflow-x: auto; padding: .8rem; border: 1px solid #8884 }
 """
@@ -174,7 +176,8 @@ def page(results, pictures):
         about = [f"{k}: {v}" for k, v in subject["about"].items() if isinstance(v, (str, int))]
         parts += [f"<h2>{html.escape(subject['name'])}</h2>"]
         parts += [f"<small>{html.escape('; '.join(about))}</small>"]
-        parts += [picture(caption, image) for caption, image in shown.items()]
+        figures = "".join(picture(caption, image) for caption, image in shown.items())
+        parts += [f'<div class="pictures">{figures}</div>']
         parts += map(markup, reversed(tables_of(subject, results)))
     settings = json.dumps({"dataset": dataset, "recipe": recipe}, indent=1)
     return (
