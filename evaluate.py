@@ -31,7 +31,7 @@ def parse(arguments=None):
     add("exact_items", type=int, help="for the exact likelihood (default: 128, of points 2000)")
     add("num_samples", type=int, default=2000, help="to judge; at most as many as real items")
     config.add_flags(parser, config.Sampling)
-    add("draws", type=int, default=16, help="of the noise level for each item of the bound")
+    add("draws", type=int, help="of the noise level for each item (default: 16, of points 64)")
     add("exact_draws", type=int, default=4, help="of dequantisation for each item")
     add("seed", type=int, default=0, help="of noise and samples (default: 0)")
     add("out", help="a new folder for the results (default: beside what is measured)")

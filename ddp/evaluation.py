@@ -365,6 +365,7 @@ def evaluate(subjects, dataset, metrics, args, device, progress):
     count = min([args.num_samples, *(len(s.drawn) for s in subjects if s.drawn is not None)])
     setting = Setting(dataset, count, args.seed, args.batch_size, args.reference, progress)
     exact_items = args.exact_items or (128 if dataset.is_image else 2000)
+    draws = args.draws or (16 if dataset.is_image else 64)
     told, spaces = [], [name for name in SPACES if name in metrics]
     for subject in subjects:
         trained_on = subject.about.get("provenance", {}).get("fingerprint", dataset.fingerprint)
@@ -379,7 +380,7 @@ def evaluate(subjects, dataset, metrics, args, device, progress):
         if "loss" in metrics:
             found["loss"] = loss(model, setting, args.test_items)
         if "bound" in metrics:
-            found["bound"] = bound(model, setting, args.test_items, args.draws)
+            found["bound"] = bound(model, setting, args.test_items, draws)
         if "exact" in metrics:
             total = found["bound"]["continuous"]["total"] if "bound" in metrics else None
             found["exact"] = exact(
@@ -407,9 +408,14 @@ def evaluate(subjects, dataset, metrics, args, device, progress):
         for subject in subjects if name in metrics else ():
             subject.found[name] = measure(subject.drawn, setting)
     known, test = log_density(dataset, args.test_items), len(dataset.test)
-    recipe = {name: getattr(args, name) for name in ("seed", "reference", "draws", "exact_draws")}
+    recipe = {name: getattr(args, name) for name in ("seed", "reference", "exact_draws")}
     recipe |= {"test_items": min(args.test_items, test), "exact_items": min(exact_items, test)}
-    recipe |= {"num_samples": setting.count, "floor_items": len(setting.floor), "metrics": metrics}
+    recipe |= {
+        "draws": draws,
+        "num_samples": setting.count,
+        "floor_items": len(setting.floor),
+        "metrics": metrics,
+    }
     recipe |= {"unit": "bits/dim" if dataset.is_image else "nats", "torch": str(torch.__version__)}
     recipe |= {"tolerances": likelihood.TOLERANCES, "neighbours": quality.NEIGHBOURS}
     recipe |= {"resamples": quality.RESAMPLES, "judge": None}
