@@ -1,7 +1,10 @@
 """Measure a model, or samples: python evaluate.py --checkpoint checkpoints/digits.pth"""
 
 import argparse
+import dataclasses
+import hashlib
 import json
+import re
 import shlex
 import sys
 import time
@@ -54,12 +57,16 @@ def subjects_of(paths, args, where):
     sampling, subjects, dataset = config.sampling_of(args), [], None
     guide = load_model(sampling.guide, "ema", where)[0] if sampling.guide else None
     kinds = {path: Path(path).suffix == ".pth" or path == args.checkpoint for path in paths}
+    drawing = ["weights"] * (args.weights == "raw") + [
+        f.name for f in dataclasses.fields(config.Sampling) if getattr(args, f.name) is not None
+    ]
     config.refuse(
         (any(kinds.values()) and args.dataset, "--dataset is for samples; a checkpoint knows its"),
         (not any(kinds.values()) and not args.dataset, "samples need a --dataset to be judged by"),
+        (not any(kinds.values()) and drawing, f"--{', --'.join(drawing)}: for checkpoints only"),
     )
-    names = [Path(p).stem for p in paths]
-    names = names if len(set(names)) == len(names) else [str(Path(p)) for p in paths]
+    ways = (Path(p).stem for p in paths), (Path(p).resolve().parent.name for p in paths), paths
+    names = next(names for names in map(list, ways) if len(set(names)) == len(paths))
     loaded = {p: load_model(p, args.weights, where) for p in paths if kinds[p]}
     source = {"name": args.dataset, "image_size": args.image_size}
     if loaded:
@@ -72,7 +79,8 @@ def subjects_of(paths, args, where):
             model, _, state = loaded[path]
             evaluation.check_fit(name, model, state, dataset)
             options = sampling.options(model, guide)
-            about = {"checkpoint": str(Path(path).resolve()), "step": state["step"],
+            about = {"checkpoint": str(Path(path).resolve()), "sha256": digest(path),
+                     "step": state["step"],
                      "weights": args.weights, **options, "guide": sampling.guide,
                      "provenance": state["provenance"]}  # fmt: skip
             subjects.append(evaluation.Subject(name, about, model, options))
@@ -80,17 +88,24 @@ def subjects_of(paths, args, where):
             items, found = editing.load_samples(path, dataset.event)
             print(*found, sep="\n")
             about = {"samples": str(Path(path).resolve()), "count": len(items)}
+            # pictures may have been resized to be judged: that goes with the figures
+            about |= {"sha256": digest(path)} if Path(path).is_file() else {"found": found[:1]}
             subjects.append(evaluation.Subject(name, about, drawn=items))
     return subjects, dataset
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def main(args):
     config.expect(args, test_items=2, num_samples=2, exact_items=2, draws=1, exact_draws=1,
                   batch_size=1, seed=0)  # fmt: skip
     paths = args.compare or [args.checkpoint or args.samples]
+    different = {Path(path).resolve() for path in paths}
     asks = "inception" in (args.metrics or "").split(",")
     config.refuse(
-        (args.compare and len(set(paths)) < max(2, len(paths)), "--compare: give different paths"),
+        (args.compare and len(different) < max(2, len(paths)), "--compare: give different paths"),
         (args.image_size and not args.dataset, "--image_size is for a --dataset of pictures"),
         (args.inception_weights and not asks, "--inception_weights is for --metrics inception"),
     )
@@ -100,18 +115,19 @@ def main(args):
     started, where = time.monotonic(), device.pick_device(args.device)
     subjects, dataset = subjects_of(paths, args, where)
     metrics = evaluation.chosen(args.metrics, dataset.is_image, [s.model for s in subjects])
-    results, pictures = evaluation.evaluate(subjects, dataset, metrics, args, where, progress)
-    results["recipe"]["command"] = shlex.join(["python", *sys.argv])
-    results["seconds"] = time.monotonic() - started
-    print(*report.text(results), sep="\n")
-    page = report.page(results, [pictures[s.name] for s in subjects])
     with output.whole_folder(out) as folder:
+        results, pictures = evaluation.evaluate(subjects, dataset, metrics, args, where, progress)
+        results["recipe"]["command"] = shlex.join(["python", *sys.argv])
+        results["seconds"] = time.monotonic() - started
+        print(*report.text(results), sep="\n")
+        page = report.page(results, [pictures[s.name] for s in subjects])
         (folder / "evaluation.json").write_text(json.dumps(results, indent=1, allow_nan=False))
         (folder / "evaluation.html").write_text(page, encoding="utf-8")
-        for subject in subjects:
+        for i, subject in enumerate(subjects):
+            whose = f"{i + 1}-{subject.name}-" if len(subjects) > 1 else ""
             for caption, picture in pictures[subject.name].items():
-                file = caption.split(",")[0].replace(" ", "_") + ".png"
-                picture.save(folder / (file if len(subjects) == 1 else f"{subject.name}-{file}"))
+                file = re.sub(r"[^\w.-]+", "_", whose + caption.split(",")[0])
+                picture.save(folder / f"{file}.png")
     print(f"\n{results['seconds']:.0f} s, wrote", *sorted(out.absolute().iterdir()), sep="\n  ")
     return 0
 

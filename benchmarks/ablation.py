@@ -66,7 +66,7 @@ def measure(variant, args):
     return {
         "variant": name_of(variant),
         "step_ms": 1000 * seconds / steps,
-        "v_loss": sum(row["v"].value for row in levels) / len(levels),
+        "v_loss": sum(row["v"].value for row in levels.values()) / len(levels),
         "ratio": evaluation.distance_ratio(drawn, setting),
         "config": dataclasses.asdict(trainer.config),
     }

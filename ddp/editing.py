@@ -7,6 +7,8 @@ Each edit of a batch is a change of how ddp.reverse.generate runs: another start
 
 import contextlib
 import itertools
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from ddp.data import to_float, to_pixels
 from ddp.forward import diffuse, normal, uniform
 from ddp.reverse import class_labels, ddim, denoiser, final
 
+UNREADABLE = (ValueError, EOFError, IndexError, OSError, NotImplementedError)
+UNREADABLE += (zipfile.BadZipFile, zlib.error)  # what numpy raises
 FRAMES = 8  # of an interpolation, from one end to the other
 
 
@@ -36,8 +40,9 @@ def read_array(path, names=()):
         if array.dtype.kind not in "fiub":
             raise ValueError(f"it holds {array.dtype}")
         return array
-    except (ValueError, EOFError, IndexError, OSError) as error:
-        raise OSError(f"{path} cannot be read as an array of numbers: {error}") from None
+    except UNREADABLE as error:
+        reason = "it holds objects" if "pickle" in str(error) else error
+        raise OSError(f"{path} cannot be read as an array of numbers: {reason}") from None
 
 
 def load_samples(path, event):

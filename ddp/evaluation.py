@@ -11,6 +11,7 @@ import math
 import torch
 
 from ddp import features, figures, likelihood, quality
+from ddp.checkpoint import provenance
 from ddp.data import order, to_float, to_pixels
 from ddp.quality import Estimate, estimate
 from ddp.reverse import final, generate
@@ -19,7 +20,8 @@ SCHEMA = 2
 FEWEST = 20  # items, below which there is nothing to compare
 LARGEST_ASSIGNMENT = 2000  # points: an assignment takes time as their cube
 LARGEST_NEIGHBOURHOOD = 10_000  # items: nearest neighbours take memory as their square
-LARGEST_DIMENSION = 512  # with more features a distance takes seconds: fewer half-samples
+LARGEST_DIMENSION = 512  # with more features a distance takes seconds: FEW half-samples
+FEW = 10
 NAMED = 0.9  # probability from which a judge is sure
 CLOSE = 0.05  # the quantile of held-out items' distances to training items that is called close
 CLOSEST = 16  # pairs to show
@@ -116,7 +118,10 @@ def draw(model, setting, options):
     device, parts = next(model.parameters()).device, []
     for indices in setting.batches("samples", setting.count):
         label = setting.labels[indices].to(device) if model.classes else None
-        parts.append(to_pixels(final(generate(model, indices, setting.seed, label, **options))))
+        x0 = final(generate(model, indices, setting.seed, label, **options))
+        if not x0.isfinite().all():
+            raise FloatingPointError("samples are not finite; use an earlier checkpoint")
+        parts.append(to_pixels(x0))
     return torch.cat(parts).cpu()
 
 
@@ -132,15 +137,15 @@ def of_test(model, setting, name, count, measure, copies=1):
 
 
 def loss(model, setting, count):
-    """The test loss at ten levels, a list of dicts: t, log_snr, and Estimates x0, eps and v."""
+    """The test loss at ten levels, a dict of dicts, t -> log-SNR, and Estimates x0, eps and v."""
 
     def measure(x0, indices, label):
         return likelihood.losses(model, x0, indices, setting.seed, label=label)
 
-    joined = []
+    joined = {}
     for rows in zip(*of_test(model, setting, "loss", count, measure), strict=True):
         units = {u: Estimate.mean(torch.cat([r[u] for r in rows])) for u in ("x0", "eps", "v")}
-        joined.append({"t": rows[0]["t"], "log_snr": rows[0]["log_snr"]} | units)
+        joined[f"t = {rows[0]['t']:.2f}"] = {"log-SNR": rows[0]["log_snr"], **units}
     return joined
 
 
@@ -154,7 +159,7 @@ def bound(model, setting, count, draws):
     its `gap` to the entropy of the data where that is known, and `monte_carlo`, the part of the
     total's error that more draws would lower."""
     found, dataset = {}, setting.dataset
-    each, gap = max(1, draws // 2), log_density(dataset, count)
+    each, gap = draws // 2, log_density(dataset, count)
     for view in ("discrete", "continuous"):
 
         def measure(x0, indices, label, view=view):
@@ -217,7 +222,7 @@ def in_space(name, setting, extract):
     Estimates `samples`, `floor` (the setting's other real items in their place) and their `ratio`;
     and the number of features. extract: items -> features (N, D)."""
     reference, other = extract(setting.reference), extract(setting.floor)
-    few = {"resamples": 10} if reference.shape[1] > LARGEST_DIMENSION else {}
+    few = {"resamples": FEW} if reference.shape[1] > LARGEST_DIMENSION else {}
 
     def measured(items):
         found, real = {}, reference[: len(items)]
@@ -226,8 +231,8 @@ def in_space(name, setting, extract):
             found |= estimate(function, items, real, limit=limit, **few)
         return found
 
-    floor = measured(other)
-    return lambda drawn: beside(measured(extract(drawn)), floor), reference.shape[1]
+    floor, same = measured(other), len(other) == len(reference)
+    return lambda drawn: beside(measured(extract(drawn)), floor, same), reference.shape[1]
 
 
 def distance_ratio(drawn, setting):
@@ -239,10 +244,15 @@ def distance_ratio(drawn, setting):
     return measure(ours, real) / measure(floor, real[: len(floor)])
 
 
-def beside(found, floor):
-    """Estimates, each with its floor and its ratio to it, which is None where the floor is 0."""
+def beside(found, floor, same):
+    """Estimates, each with its floor and its ratio to it; this is None where the floor is 0, or
+    unless it is of the same number of items."""
     return {
-        name: {"samples": e, "floor": floor[name], "ratio": e.over(floor[name])}
+        name: {
+            "samples": e,
+            "floor": floor.get(name),
+            "ratio": e.over(floor[name]) if same and name in floor else None,
+        }
         for name, e in found.items()
     }
 
@@ -267,14 +277,14 @@ def in_classes(judge, setting):
             real[: len(probabilities)],
         )
 
-    floor = measured(other)
+    floor, same = measured(other), len(other) == len(real)
 
     def classed(drawn, labelled):
         probabilities = sorted_into(drawn)
-        found = beside(measured(probabilities), floor)
+        found = beside(measured(probabilities), floor, same)
         if labelled:
-            right = (probabilities.argmax(dim=1) == setting.labels).double()
-            found["agreement"] = {"samples": Estimate.mean(right, range=(0, 1))}
+            right = probabilities.argmax(dim=1) == setting.labels
+            found["agreement"] = {"samples": Estimate.share(right)}
         counts = [
             torch.bincount(p.argmax(dim=1), minlength=p.shape[1]).tolist()
             for p in (probabilities, real)
@@ -290,10 +300,23 @@ def notes(name, setting, dimension):
     if count < 2 * dimension and name in OF_PICTURES:
         found.append(
             f"too few samples: {count:,} for {dimension:,} features, so frechet is mostly its "
-            "bias; compare it at this number only, or take frechet_infinite"
+            "bias; compare it at this number only"
         )
     elif count < 1000:
         found.append(f"too few samples, {count:,}, to compare with figures of another number")
+    if len(setting.floor) < count:
+        found.append(
+            f"the floor is of {len(setting.floor):,} items only, all of the other split, so there "
+            "are no ratios to it"
+        )
+    trained = len(setting.dataset.train)
+    if name == "judge" and setting.against == "train" and count > trained // 2:
+        found.append("among the real items are some on which the judge was trained")
+    found += [
+        f"{measure} is of {limit:,} items only"
+        for measure, limit in LIMITS.items()
+        if measure in SPACES[name] and count > limit
+    ]
     if name == "inception" and not (count >= 50_000 and setting.against == "train"):
         found.append(
             "published distances take 50,000 samples against the training split: "
@@ -320,7 +343,7 @@ def memorisation(drawn, setting):
     middle = usual.median().item()
     return {
         **estimate(ratio, distances, usual),
-        "close": Estimate.mean((distances < usual.quantile(CLOSE)).double(), range=(0, 1)),
+        "close": Estimate.share(distances < usual.quantile(CLOSE)),
         "copies": int((distances == 0).sum()),
         "median": {"samples": distances.median().item(), "held_out": middle},
         "closest": [
@@ -366,10 +389,14 @@ def evaluate(subjects, dataset, metrics, args, device, progress):
     setting = Setting(dataset, count, args.seed, args.batch_size, args.reference, progress)
     exact_items = args.exact_items or (128 if dataset.is_image else 2000)
     draws = args.draws or (16 if dataset.is_image else 64)
+    draws += draws % 2  # two halves, of which the Monte Carlo error is made
     told, spaces = [], [name for name in SPACES if name in metrics]
     for subject in subjects:
-        trained_on = subject.about.get("provenance", {}).get("fingerprint", dataset.fingerprint)
-        if trained_on != dataset.fingerprint:
+        told += subject.about.get("found", [])
+        trained_on = subject.about.get("provenance", {})
+        # points of another --seed have the same test items
+        kin = not dataset.is_image and trained_on.get("dataset") == dataset.name
+        if trained_on.get("fingerprint", dataset.fingerprint) != dataset.fingerprint and not kin:
             told.append(f"{subject.name}: this is not the data that the model was trained on; its "
                         "test items may have been among the training items")  # fmt: skip
         model, found = subject.model, subject.found
@@ -416,12 +443,16 @@ def evaluate(subjects, dataset, metrics, args, device, progress):
         "floor_items": len(setting.floor),
         "metrics": metrics,
     }
-    recipe |= {"unit": "bits/dim" if dataset.is_image else "nats", "torch": str(torch.__version__)}
+    recipe |= {"unit": "bits/dim" if dataset.is_image else "nats", "device": str(device)}
     recipe |= {"tolerances": likelihood.TOLERANCES, "neighbours": quality.NEIGHBOURS}
-    recipe |= {"resamples": quality.RESAMPLES, "judge": None}
+    recipe |= {"resamples": quality.RESAMPLES, "limits": LIMITS, "by": provenance(dataset)}
+    recipe |= {f"resamples_above_{LARGEST_DIMENSION}_features": FEW, "judge": None}
     if judge:
         recipe["judge"] = {"accuracy": judge.accuracy.item(), "fingerprint": judge.fingerprint}
-        recipe["judge"] |= {"learned": "labels" if dataset.classes else "turns", "file": str(path)}
+        recipe["judge"] |= {
+            "learned": "labels" if dataset.classes else "turns",
+            "file": path and str(path),
+        }
     about = {name: getattr(dataset, name) for name in ("name", "fingerprint", "event", "classes")}
     results = {
         "schema": SCHEMA,
@@ -475,14 +506,15 @@ def estimates_in(tree, path=()):
 
 def comparison(subjects):
     """What is measured of each further subject less that of the first, with paired errors: a list
-    of dicts."""
+    of dicts. The difference is None of what was not measured of the first."""
     first, rows = dict(estimates_in(subjects[0].found)), []
     for subject in subjects[1:]:
         for path, e in estimates_in(subject.found):
-            if path in first and "floor" not in path and "real" not in path:
-                rows.append(
-                    {"subject": subject.name, "figure": path, "difference": e - first[path]}
-                )
+            # ratios to one floor say no more than the figures do
+            if path.endswith(("/floor", "/real")) or ("quality/" in path and "/ratio" in path):
+                continue
+            difference = e - first[path] if path in first else None
+            rows.append({"subject": subject.name, "figure": path, "difference": difference})
     return rows
 
 

@@ -90,17 +90,22 @@ def questions(x, label):
     return torch.cat([torch.rot90(x, k, (-2, -1)) for k in quarters]), which
 
 
+def answers(dataset):
+    """How many answers a judge chooses from."""
+    return len(dataset.classes) or len(questions(dataset.train[:1], None)[0])
+
+
 def train_judge(dataset, progress, device="cpu"):
     """A Judge from a fixed seed: the same whenever a machine trains it. It sees but half of the
     training items, so that the other half, of which floors are made, is as new to it as samples."""
     seen = order(0, 0, len(dataset.train))[len(dataset.train) // 2 :]
     labels = None if dataset.train_labels is None else dataset.train_labels[seen]
     dataset = dataclasses.replace(dataset, train=dataset.train[seen], train_labels=labels)
-    turns = len(questions(dataset.train[:1], None if labels is None else labels[:1])[0])
+    turns = answers(dataset) if labels is None else 1
     steps = min(STEPS, math.ceil(EPOCHS * len(dataset.train) / BATCH))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        judge = Judge(dataset.event, len(dataset.classes) if turns == 1 else turns).to(device)
+        judge = Judge(dataset.event, answers(dataset)).to(device)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for step in progress(range(steps)):
@@ -124,9 +129,12 @@ def judge_of(dataset, progress, device="cpu"):
         state = read_archive(path)
         judge = Judge(dataset.event, len(state["out.bias"])).to(device)
         judge.load_state_dict(state)
-        return judge.eval().requires_grad_(False), path
-    except (OSError, RuntimeError, KeyError, TypeError):
-        judge = train_judge(dataset, progress, device)
+        whole = all(tensor.isfinite().all() for tensor in state.values())
+        if whole and len(judge.out.bias) == answers(dataset):
+            return judge.eval().requires_grad_(False), path
+    except (OSError, RuntimeError, KeyError, TypeError, AttributeError):
+        pass
+    judge = train_judge(dataset, progress, device)
     try:
         replace(path, lambda temporary: torch.save(judge.state_dict(), temporary))
     except OSError:

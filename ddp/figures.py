@@ -98,10 +98,11 @@ def loss_curve(rows):
 
 
 def loss_by_level(levels):
-    """Test loss against the noise level, in the three units. levels: rows of evaluation.loss."""
+    """Test loss against the noise level, in the three units. levels: of evaluation.loss."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    log_snr = [row["log_snr"] for row in levels]
+    levels = list(levels.values())
+    log_snr = [row["log-SNR"] for row in levels]
     for unit in ("x0", "eps", "v"):
         values, errors = zip(*((row[unit].value, row[unit].error) for row in levels), strict=True)
         axes.errorbar(log_snr, values, errors, marker="o", markersize=4, label=f"{unit} units")

@@ -146,9 +146,11 @@ def integrate(slope, y, start, end, tolerance, controlled):
         allowed = tolerance * (1 + torch.maximum(y[which].abs(), stage.abs()))
         error = (h[:, None] * combined(ERROR, slopes) / allowed)[:, controlled]
         error = error.square().mean(dim=1).sqrt()
-        # an error that is not a number is that of a model which is not: let it pass, and be seen
-        good = ~(error > 1)
-        step[which] = h * (0.9 * error.nan_to_num(1.0).clamp_min(1e-9) ** -0.2).clamp(0.2, 5)
+        # where the slope is not finite, or too steep for any step, there is no solution
+        lost = ~error.isfinite() | (h.abs() < 1e-9 * abs(end - start)) & ~last
+        stage[lost] = math.nan
+        good, last = (error <= 1) | lost, last | lost
+        step[which] = h * (0.9 * error.clamp_min(1e-9) ** -0.2).clamp(0.2, 5)
         done = which[good]
         y[done], first[done] = stage[good], slopes[-1][good]
         t[done] += h[good]

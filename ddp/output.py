@@ -59,9 +59,14 @@ def free(out):
 def whole_folder(path):
     """A hidden folder to write into, which takes its name `path` when all is well, or is not."""
     path = Path(path).absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    temporary.mkdir()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        temporary.mkdir()
+    except OSError as error:
+        raise OSError(
+            f"{path} cannot be written ({error.strerror}); choose another --out"
+        ) from None
     try:
         yield temporary
         if path.exists():

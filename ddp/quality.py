@@ -130,17 +130,31 @@ def nearest(a, b):
 class Estimate:
     """A number and what its error is made of: the standard deviation of `draws`, (B,), is its
     standard error. Estimates whose draws belong together, one by one, are compared with a paired
-    error."""
+    error. count: the number of items that it is a share of, if it is one.
+
+    Raises FloatingPointError when it is not a finite number."""
 
     value: float
     draws: torch.Tensor
     range: tuple = (-math.inf, math.inf)
+    count: int | None = None
+
+    def __post_init__(self):
+        if not math.isfinite(self.value):
+            raise FloatingPointError(
+                f"a figure came out as {self.value}: the weights or the samples are out of range"
+            )
 
     @classmethod
     def mean(cls, values, **rest):
         """The mean of independent values (N,)."""
         values = values.double().cpu()
         return cls(values.mean().item(), values / math.sqrt(len(values)), **rest)
+
+    @classmethod
+    def share(cls, which):
+        """The share of items that are so, from bool (N,)."""
+        return cls.mean(which, range=(0, 1), count=len(which))
 
     @property
     def items(self):
@@ -153,9 +167,15 @@ class Estimate:
 
     @property
     def interval(self):
-        """95%, as of a normal distribution, within what the number can be."""
+        """95%, as of a normal distribution, within what the number can be; of a share at least
+        Wilson's (1927), which is not empty at 0 and 1."""
         reach = NORMAL_95 * self.error
-        ends = (self.value - reach, self.value + reach)
+        ends = [self.value - reach, self.value + reach]
+        if self.count:
+            z2 = NORMAL_95**2 / self.count
+            middle = (self.value + z2 / 2) / (1 + z2)
+            reach = math.sqrt(z2 * (self.value * (1 - self.value) + z2 / 4)) / (1 + z2)
+            ends = [min(ends[0], middle - reach), max(ends[1], middle + reach)]
         return [min(max(end, self.range[0]), self.range[1]) for end in ends]
 
     def __sub__(self, other):
@@ -184,12 +204,14 @@ def estimate(measures, a, b, seed=0, resamples=RESAMPLES, limit=None):
 
     The error is a bootstrap by half-samples, without replacement (the delete-half jackknife; Shao &
     Wu 1989): their standard deviation is the standard error. With replacement an item would meet
-    its copy, which nearest neighbours and covariances take for likeness. Where a difference is
-    nought within its error, this one is too large rather than too small.
+    its copy, which nearest neighbours and covariances take for likeness. Where a distance is
+    nought within its error, this one is too large rather than too small; that of a share is at
+    least the binomial one, since half-samples may all be at 1 where the whole is not.
 
     A `frechet` gets a companion `frechet_infinite`: its bias falls as 1 / n, so the line through n
     and n / 2 leads to what infinitely many items would give (Chong & Forsyth 2020, section 3, with
-    the half-samples for points). limit: at most so many items."""
+    the half-samples for points). It takes covariances of full rank, twice as many items as
+    features. limit: at most so many items."""
     a, b = a[:limit], b[:limit]
     value = measures(a, b)
     parts = zip(
@@ -197,12 +219,18 @@ def estimate(measures, a, b, seed=0, resamples=RESAMPLES, limit=None):
     )
     found = [measures(a[i], b[j]) for i, j in parts]
     draws = {name: torch.tensor([f[name] for f in found]).double() for name in value}
-    if "frechet" in value:
+    if "frechet" in value and len(a) >= 2 * a.shape[1]:
         value["frechet_infinite"] = 2 * value["frechet"] - draws["frechet"].mean().item()
         draws["frechet_infinite"] = draws["frechet"]
-    return {
-        name: Estimate(value[name], draws[name], RANGES.get(name, (0, math.inf))) for name in value
-    }
+    found = {}
+    for name, number in value.items():
+        of = {"precision": len(a), "named": len(a), "recall": len(b), "coverage": len(b)}.get(name)
+        if of:
+            least, mean = math.sqrt(number * (1 - number) / of), draws[name].mean()
+            widening = max(1.0, least / max(draws[name].std().item(), 1e-12))
+            draws[name] = mean + widening * (draws[name] - mean)
+        found[name] = Estimate(number, draws[name], RANGES.get(name, (0, math.inf)), of)
+    return found
 
 
 def measures_of(*names):

@@ -54,16 +54,8 @@ def tables_of(subject, results):
     """The tables of one subject; what was not measured has none."""
     recipe, exact = results["recipe"], subject.get("exact", {})
     quality, found = subject.get("quality", {}), subject.get("memorisation")
-    units = {
-        f"t = {row['t']:.2f}": {
-            "log-SNR": row["log_snr"],
-            **{u: row[u] for u in ("x0", "eps", "v")},
-        }
-        for row in subject.get("loss", [])
-    }
-    tables = table(
-        "test loss by noise level", "in three units, ± standard error", units, plus_minus
-    )
+    note = "in three units, ± standard error"
+    tables = table("test loss by noise level", note, subject.get("loss", {}), plus_minus)
     nats = {f"bound, {view}": terms for view, terms in subject.get("bound", {}).items()}
     ways = {"uniform": ", uniform dequantisation", "noise": ", dequantised by the bound's noise"}
     nats |= {f"exact{ways.get(way, '')}": terms for way, terms in exact.items()}
@@ -98,8 +90,8 @@ def tables_of(subject, results):
     for space, figures in quality.items():
         note = (
             f"{recipe['num_samples']:,} samples against as many {recipe['reference']} items; "
-            f"floor: {recipe['floor_items']:,} items of the other split in their place; "
-            "95% intervals; ↓ lower is better"
+            f"floor: {recipe['floor_items']:,} items of the other split; 95% intervals; "
+            "↓ lower is better"
         )
         if space == "judge":
             judge = recipe["judge"]
@@ -117,14 +109,18 @@ def comparison(results):
     """The table of all subjects side by side, each further one less the first; [] of one alone."""
     rows, names = {}, [s["name"] for s in results["subjects"]]
     for row in results["comparison"]:
-        cells = rows.setdefault(row["figure"], {})
+        cells = rows.setdefault(row["figure"].removesuffix("/samples"), {})
         for subject in results["subjects"]:
-            cells[subject["name"]] = subject
+            cells[subject["name"]], around = subject, {}
             for part in row["figure"].split("/"):
-                cells[subject["name"]] = (cells[subject["name"]] or {}).get(part)
-    for row in results["comparison"]:
-        rows[row["figure"]][f"{row['subject']} less {names[0]}"] = row["difference"]
-    return table("comparison", "95% intervals; those of differences are paired", rows)
+                around = cells[subject["name"]] or {}
+                cells[subject["name"]] = around.get(part)
+            cells.setdefault("floor", around.get("floor"))  # is the same for all
+        cells[f"{row['subject']} less {names[0]}"] = row["difference"]
+    columns = [*names, "floor", *(f"{name} less {names[0]}" for name in names[1:])]
+    rows = {name: {c: cells.get(c) for c in columns} for name, cells in rows.items()}
+    note = "95% intervals; differences are of the same real items and noise"
+    return table("comparison", note, rows)
 
 
 def text(results):

@@ -60,7 +60,7 @@ def test_a_judge_is_trained_once_and_the_same_each_time(judge, digits, monkeypat
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "hostile", "other", "unwritable"])
+@pytest.mark.parametrize("damage", ["cut", "flipped", "hostile", "other", "nan", "unwritable"])
 def test_a_damaged_memory_is_replaced(damage, digits, monkeypatch, tmp_path):
     few = dataclasses.replace(
         digits, train=digits.train[:300], train_labels=digits.train_labels[:300]
@@ -78,6 +78,10 @@ def test_a_damaged_memory_is_replaced(damage, digits, monkeypatch, tmp_path):
         torch.save({"out.bias": os.system}, path)
     elif damage == "other":
         torch.save({"out.bias": torch.zeros(10)}, path)
+    elif damage == "nan":
+        state = torch.load(path)
+        state["out.weight"][0] = float("nan")
+        torch.save(state, path)
     else:
         path.unlink()
         path.parent.rmdir()

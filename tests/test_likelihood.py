@@ -290,6 +290,16 @@ def test_the_solver_holds_its_tolerance(tolerance):
     assert calls[-1] == 1  # the fast one alone is left at the end
 
 
+def test_the_solver_gives_up_where_there_is_no_solution():
+    def slope(y, t, which):
+        wrong = torch.tensor([1.0, math.nan, math.inf, 1e30], dtype=y.dtype)
+        return (wrong[which] * torch.cos(1e30 * t * (which == 3)))[:, None]
+
+    y = likelihood.integrate(slope, torch.zeros(4, 1).double(), 1.0, -1.0, 1e-5, slice(None))
+    assert y[0] == pytest.approx(-2)
+    assert y[1:].isnan().all()
+
+
 def test_the_solver_meets_its_order_conditions():
     """Hairer, Norsett & Wanner 1993, section II.1: the weights integrate t^k exactly for k < 5, the
     other solution that the error compares with for k < 4."""

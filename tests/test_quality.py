@@ -214,6 +214,28 @@ def test_frechet_infinite_has_no_bias():
     )
     assert values.mean() > 10 * abs(infinite.mean())
     assert abs(infinite.mean()) < 4 * infinite.std() / math.sqrt(12)
+    few = estimate(quality.measures_of("frechet"), normal(39, 20, 0), normal(39, 20, 1))
+    assert list(few) == ["frechet"]  # of covariances that are not of full rank it means nothing
+
+
+def test_a_share_of_none_or_all_is_not_certain():
+    """Wilson's interval: 0 of 10 is up to 0.278 (Newcombe 1998, table I)."""
+    low, high = Estimate.share(torch.zeros(10)).interval
+    assert low == 0
+    assert high == pytest.approx(0.2775, abs=1e-4)
+    assert Estimate.share(torch.ones(10)).interval == pytest.approx([1 - 0.2775, 1], abs=1e-4)
+    # half-samples of the same few centres are all within reach: the error is the binomial one
+    a, b = normal(100, 64, 0), normal(100, 64, 1)
+    found = estimate(quality.coverage_measures, a, b)
+    for name in ("precision", "recall", "coverage"):
+        e = found[name]
+        assert e.error >= 0.999 * math.sqrt(e.value * (1 - e.value) / 100)
+
+
+def test_what_is_no_number_is_refused():
+    for value in (math.nan, math.inf):
+        with pytest.raises(FloatingPointError, match="came out as"):
+            Estimate.mean(torch.tensor([1.0, value]))
 
 
 def test_a_paired_difference_is_surer_than_its_parts():

@@ -264,11 +264,42 @@ def test_comparison(trained, tmp_path):
     assert difference["value"] == pytest.approx(b["value"] - a["value"])
     assert difference["error"] < 0.5 * a["error"]  # paired: two steps apart, on the same items
     assert ("real", "bound/discrete/total") not in rows
+    assert ("step_00000018", "loss/t = 0.05/v") in rows
     assert rows["real", "quality/pixels/frechet/samples"]["value"] < 0
     assert "step_00000018 less model" in out
-    assert "quality/judge/precision/samples" in out
+    assert "quality/judge/precision" in out
     page = (tmp_path / "e" / "evaluation.html").read_text()
     assert page.count("<h2>") == 4
+
+
+def test_comparison_of_two_runs_that_call_their_models_alike(trained, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(trained / "digits" / "model.pth", tmp_path / name)
+    np.save(tmp_path / "first.npy", load_data("digits").train[:30, 0].numpy())
+    paths = ["first.npy", "a/model.pth", "b/model.pth"]
+    flags = ["--metrics", "loss,pixels", "--num_samples", 30, "--steps", 2, "--test_items", 30]
+    results, out = evaluated("--compare", *paths, *flags, cwd=tmp_path)
+    assert [s["name"] for s in results["subjects"]] == [tmp_path.name, "a", "b"]
+    rows = {(r["subject"], r["figure"]): r["difference"] for r in results["comparison"]}
+    assert rows["a", "loss/t = 0.05/v"] is None  # samples have no loss to compare with
+    assert "loss/t = 0.05/v" in out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "e", "first.npy"]
+    assert len(list((tmp_path / "e").glob("2-a-*.png"))) == 3
+
+
+def test_a_floor_of_another_number_gives_no_ratio(tmp_path):
+    flags = ["--metrics", "pixels,judge", "--num_samples", 1000, "--reference", "train"]
+    np.save(tmp_path / "real.npy", load_data("digits").train[:1000, 0].numpy())
+    flags = ["--samples", "real.npy", "--dataset", "digits", *flags]
+    results, _ = evaluated(*flags, cwd=tmp_path)
+    for space in ("pixels", "judge"):
+        row = results["subjects"][0]["quality"][space]["frechet"]
+        assert row["floor"]
+        assert row["ratio"] is None
+    notes = " ".join(results["notes"])
+    assert "360 items only" in notes
+    assert "on which the judge was trained" in notes
 
 
 def start(*flags, cwd):
@@ -810,6 +841,7 @@ EVALUATE_REFUSED = {
     "--compare {run}": "different paths",
     "--compare {run} {run}": "different paths",
     "--compare {run} {moons}": "trained on",
+    "--samples a.npy --dataset digits --steps 5 --weights raw": "--weights, --steps",
 }
 
 
@@ -824,6 +856,27 @@ def test_evaluate_refuses_in_a_line_before_any_work(given, tmp_path, flags, word
     line = flags.format(run=given["run"], moons=given["run"].parent.parent / "moons" / "last.pth")
     assert word in refused("evaluate.py", *line.split(), cwd=tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_evaluate_fails_in_a_line_and_leaves_nothing(given, tmp_path):
+    state = torch.load(DIGITS)
+    for name, weight in state["ema"].items():
+        if weight.is_floating_point() and "running" not in name:
+            weight *= 1e20
+    torch.save(state, tmp_path / "far.pth")
+    np.savez(tmp_path / "cut.npz", np.zeros((50, 8, 8), np.uint8))
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:1000])
+    before = sorted(tmp_path.rglob("*"))
+    few = ["--num_samples", 30, "--test_items", 2, "--exact_items", 2, "--exact_draws", 1]
+    for flags, word in (
+        (["--samples", "cut.npz", "--dataset", "digits"], "cannot be read"),
+        (["--checkpoint", "far.pth", *few, "--metrics", "exact"], "out of range"),
+        (["--checkpoint", "far.pth", *few, "--metrics", "bound"], "out of range"),
+        (["--checkpoint", "far.pth", *few, "--metrics", "pixels"], "not finite"),
+        (["--checkpoint", DIGITS, "--out", tmp_path / "cut.npz" / "sub"], "cannot be written"),
+    ):
+        assert word in refused("evaluate.py", *flags, cwd=tmp_path, code=1)
+        assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_evaluate_says_in_a_line_that_inception_is_missing(given, tmp_path, monkeypatch):
