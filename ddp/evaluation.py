@@ -137,7 +137,8 @@ def of_test(model, setting, name, count, measure, copies=1):
 
 
 def loss(model, setting, count):
-    """The test loss at ten levels, a dict of dicts, t -> log-SNR, and Estimates x0, eps and v."""
+    """The test loss at ten levels, a dict of dicts: log_snr, t, and Estimates x0, eps and v. They
+    go by log-SNR: two schedules have other levels at one t."""
 
     def measure(x0, indices, label):
         return likelihood.losses(model, x0, indices, setting.seed, label=label)
@@ -145,7 +146,8 @@ def loss(model, setting, count):
     joined = {}
     for rows in zip(*of_test(model, setting, "loss", count, measure), strict=True):
         units = {u: Estimate.mean(torch.cat([r[u] for r in rows])) for u in ("x0", "eps", "v")}
-        joined[f"t = {rows[0]['t']:.2f}"] = {"log-SNR": rows[0]["log_snr"], **units}
+        place = {name: rows[0][name] for name in ("log_snr", "t")}
+        joined[f"log-SNR {place['log_snr']:.2f}"] = place | units
     return joined
 
 

@@ -102,7 +102,7 @@ def loss_by_level(levels):
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     levels = list(levels.values())
-    log_snr = [row["log-SNR"] for row in levels]
+    log_snr = [row["log_snr"] for row in levels]
     for unit in ("x0", "eps", "v"):
         values, errors = zip(*((row[unit].value, row[unit].error) for row in levels), strict=True)
         axes.errorbar(log_snr, values, errors, marker="o", markersize=4, label=f"{unit} units")

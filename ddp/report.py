@@ -55,7 +55,9 @@ def tables_of(subject, results):
     recipe, exact = results["recipe"], subject.get("exact", {})
     quality, found = subject.get("quality", {}), subject.get("memorisation")
     note = "in three units, ± standard error"
-    tables = table("test loss by noise level", note, subject.get("loss", {}), plus_minus)
+    levels = subject.get("loss", {}).items()
+    units = {level: {k: v for k, v in row.items() if k != "log_snr"} for level, row in levels}
+    tables = table("test loss by noise level", note, units, plus_minus)
     nats = {f"bound, {view}": terms for view, terms in subject.get("bound", {}).items()}
     ways = {"uniform": ", uniform dequantisation", "noise": ", dequantised by the bound's noise"}
     nats |= {f"exact{ways.get(way, '')}": terms for way, terms in exact.items()}

@@ -264,7 +264,7 @@ def test_comparison(trained, tmp_path):
     assert difference["value"] == pytest.approx(b["value"] - a["value"])
     assert difference["error"] < 0.5 * a["error"]  # paired: two steps apart, on the same items
     assert ("real", "bound/discrete/total") not in rows
-    assert ("step_00000018", "loss/t = 0.05/v") in rows
+    assert ("step_00000018", "loss/log-SNR 4.79/v") in rows
     assert rows["real", "quality/pixels/frechet/samples"]["value"] < 0
     assert "step_00000018 less model" in out
     assert "quality/judge/precision" in out
@@ -282,8 +282,8 @@ def test_comparison_of_two_runs_that_call_their_models_alike(trained, tmp_path):
     results, out = evaluated("--compare", *paths, *flags, cwd=tmp_path)
     assert [s["name"] for s in results["subjects"]] == [tmp_path.name, "a", "b"]
     rows = {(r["subject"], r["figure"]): r["difference"] for r in results["comparison"]}
-    assert rows["a", "loss/t = 0.05/v"] is None  # samples have no loss to compare with
-    assert "loss/t = 0.05/v" in out
+    assert rows["a", "loss/log-SNR 4.79/v"] is None  # samples have no loss to compare with
+    assert "loss/log-SNR 4.79/v" in out
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b", "e", "first.npy"]
     assert len(list((tmp_path / "e").glob("2-a-*.png"))) == 3
 
