@@ -344,7 +344,7 @@ def memorisation(drawn, setting):
     first = distances.argsort()[:CLOSEST].tolist()
     middle = usual.median().item()
     return {
-        **estimate(ratio, distances, usual),
+        **(estimate(ratio, distances, usual) if middle else {}),  # 0 where most have copies
         "close": Estimate.share(distances < usual.quantile(CLOSE)),
         "copies": int((distances == 0).sum()),
         "median": {"samples": distances.median().item(), "held_out": middle},

@@ -77,7 +77,7 @@ def tables_of(subject, results):
         rows = {
             "median distance to the nearest training item": found["median"]["samples"],
             "the same of held-out items": found["median"]["held_out"],
-            "their ratio; 0 of copies, 1 of new items": found["ratio"],
+            "their ratio; 0 of copies, 1 of new items": found.get("ratio"),
             "share nearer than 95% of held-out items; 0.05 of new items": found["close"],
             "exact copies": found["copies"],
         }
