@@ -25,6 +25,7 @@ def parse(arguments=None):
     parser.add_argument(
         *config.spellings("dry_run"), action="store_true", help="one step, and diagnostics"
     )
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
     return vars(parser.parse_args(arguments))
 
 
@@ -50,6 +51,7 @@ class Stop:
 
 def main(given):
     resume, dry_run = given.pop("resume", None), given.pop("dry_run", False)
+    profile = given.pop("profile", False)
     settings, source, state = run.settings(given, resume)
     where = device.pick_device(settings.device)
     device.pick_precision(settings.precision, where)  # refused before anything is downloaded
@@ -66,6 +68,9 @@ def main(given):
     print(f"run: {folder.resolve()}, step {trainer.step:,}, to run for {length}")
     if dry_run:
         print(*run.rehearse(trainer, folder), sep="\n")
+    if profile:
+        print(*run.profile(trainer), "nothing was written", sep="\n")
+    if dry_run or profile:
         return 0
 
     log = run.Run(folder, source, trainer.step)

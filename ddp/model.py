@@ -1,10 +1,13 @@
 """The two networks as one thing: what the reverse network's output means, as an estimate of the
 data."""
 
+import copy
+
+import torch
 from torch import nn
 
 from ddp.forward import alpha_sigma
-from ddp.network import reverse_network
+from ddp.network import Block, reverse_network
 from ddp.schedule import Schedule
 
 # predict -> (c_skip, c_out): x0_hat = c_skip xt + c_out F. Salimans & Ho 2022, section 4 and
@@ -40,3 +43,16 @@ class DiffusionModel(nn.Module):
         """x0_hat (B, *event), the estimate of the data in xt (B, *event) at log_snr (B,)."""
         c_skip, c_out = PREDICTIONS[self.predict](*alpha_sigma(log_snr, xt))
         return c_skip * xt + c_out * self.network(xt, log_snr, label).to(xt.dtype)
+
+    def prepare_for_sampling(self, dtype=torch.float32):
+        """A copy in eval mode that denoises alike, and faster: each BatchNorm is folded into the
+        layer before it, and the weights are held in dtype, but those of the noise level.
+
+        In float32 x0_hat differs by rounding, in bfloat16 by about a hundredth of the range."""
+        ready = copy.deepcopy(self).eval().requires_grad_(False)
+        for module in list(ready.network.modules()):
+            if isinstance(module, Block):
+                module.fold()
+        ready.network.to(dtype)
+        ready.network.embedding.float()
+        return ready

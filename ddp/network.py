@@ -12,10 +12,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 ACTIVATIONS = {
-    "leaky_relu": lambda slope: nn.LeakyReLU(slope),
-    "relu": lambda slope: nn.ReLU(),
+    "leaky_relu": lambda slope: nn.LeakyReLU(slope, inplace=True),
+    "relu": lambda slope: nn.ReLU(inplace=True),
     "silu": lambda slope: nn.SiLU(),
 }
 NORMS = {
@@ -69,14 +70,21 @@ class Block(nn.Module):
         modulation = self.modulation(embedding)
         scale, shift = modulation.reshape(*modulation.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
         h = self.norm1(self.first(x))
-        h = self.dropout(self.activation(h * (1 + scale) + shift))
+        h = self.dropout(self.activation(torch.addcmul(shift, h, 1 + scale)))
         h = self.norm2(self.second(h))
-        return self.activation(self.skip(x) + h)
+        return self.activation(h + self.skip(x))
 
     def normalised_weights(self):
         """The weights whose scale a norm cancels."""
         norms = ((self.first, self.norm1), (self.second, self.norm2))
         return [layer.weight for layer, norm in norms if not isinstance(norm, nn.Identity)]
+
+    def fold(self):
+        """Make one layer of each layer and the BatchNorm that follows it; for eval mode alone."""
+        fuse = fuse_conv_bn_eval if isinstance(self.first, nn.Conv2d) else fuse_linear_bn_eval
+        if isinstance(self.norm1, nn.modules.batchnorm._BatchNorm):
+            self.first, self.norm1 = fuse(self.first, self.norm1), nn.Identity()
+            self.second, self.norm2 = fuse(self.second, self.norm2), nn.Identity()
 
     def start_at_zero(self):
         """Make the residual branch zero, so that the block begins as its skip (Goyal et al.
@@ -172,7 +180,7 @@ class UNet(nn.Module):
         self.out = nn.Conv2d(widths[0], channels * patch**2, 3, padding=1)
 
     def forward(self, xt, log_snr, label=None):
-        embedding = self.embedding(log_snr, label)
+        xt, embedding = held(self, xt, self.embedding(log_snr, label))
         height, width = xt.shape[-2:]
         x = F.pad(xt, (0, -width % self.stride, 0, -height % self.stride), mode="replicate")
         x = self.door(F.pixel_unshuffle(x, self.patch))
@@ -206,8 +214,15 @@ class MLP(nn.Module):
         # each as high as it is on average over the noise, so that none is seen where all is noise
         height = torch.exp(-0.5 * torch.sigmoid(-log_snr)[:, None] * self.frequencies**2)[:, None]
         waves = [(wave * height).flatten(1) for wave in (angle.sin(), angle.cos())]
-        x = self.door(torch.cat([xt, *waves], dim=1))
-        return self.out(run(self.blocks, x, self.embedding(log_snr, label)))
+        x = torch.cat([xt, *waves], dim=1)
+        x, embedding = held(self, x, self.embedding(log_snr, label))
+        return self.out(run(self.blocks, self.door(x), embedding))
+
+
+def held(network, *tensors):
+    """The tensors in the precision in which the network's weights are held; the noise level is
+    embedded in float32."""
+    return [tensor.to(network.door.weight.dtype) for tensor in tensors]
 
 
 def run(stage, x, embedding):

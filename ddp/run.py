@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ddp import figures
+from ddp import figures, profiling
 from ddp.checkpoint import (
     TO_GO_ON,
     config_of,
@@ -28,6 +28,7 @@ from ddp.reverse import class_labels, final, generate
 LEAK = 1e-3  # terminal SNR above which the data shows through the noise from which sampling starts
 CHECK_EVERY = 20  # steps between two looks at the losses on a GPU, where each look waits for it
 COLUMNS = ("step", "epoch", "loss", "grad_norm", "lr", "test_loss")
+PROFILED = 20  # steps
 GRID, POINTS = 64, 2000  # samples in the picture that is written as a run goes
 
 
@@ -154,6 +155,12 @@ def rehearse(trainer, folder):
     picture = figures.image_of(figures.schedule(t.tolist(), curve.tolist(), rows))
     path = free_path(folder.with_name(f"{folder.name}-dry_run"), ".png").resolve()
     return [*lines, f"one step went well; wrote {replace(path, picture.save)}, and nothing else"]
+
+
+def profile(trainer):
+    """Where the time of a training step goes, as lines of text."""
+    found = profiling.measure(lambda: trainer.train_step(0.0), PROFILED, trainer.device)
+    return profiling.lines(*found, trainer.config.batch_size * trainer.config.grad_accumulation)
 
 
 class Run:

@@ -14,6 +14,7 @@ from ddp.likelihood import prior_term, reconstruction_term
 from ddp.loss import denoising
 from ddp.model import DiffusionModel
 from ddp.network import Block
+from ddp.profiling import part
 
 STATISTICS_BATCHES = 8  # of STATISTICS_ITEMS each, to recompute BatchNorm's statistics
 STATISTICS_ITEMS = {True: 512, False: 8192}  # is_image: a picture has many positions, a point one
@@ -94,10 +95,11 @@ class Trainer:
 
     def unweighted(self, model, x0, label, log_snr, step, stream):
         """The loss of each item, (B,), at log_snr (B,), before the weight of its level is drawn."""
-        x0, indices = x0.to(self.device), torch.arange(len(x0), device=self.device)
-        eps = normal(self.config.seed, stream, step, indices, model.event)
-        xt = diffuse(x0, log_snr, eps)
-        with self.autocast():
+        with part("batch"):
+            x0, indices = x0.to(self.device), torch.arange(len(x0), device=self.device)
+            eps = normal(self.config.seed, stream, step, indices, model.event)
+            xt = diffuse(x0, log_snr, eps)
+        with part("forward"), self.autocast():
             x0_hat = model.denoise(xt, log_snr, label.to(self.device) if model.classes else None)
         return denoising(x0_hat, x0, log_snr, self.config.weighting, self.config.loss)
 
@@ -125,14 +127,23 @@ class Trainer:
         total = 0.0
         for i in range(config.grad_accumulation):
             batch = self.step * config.grad_accumulation + i
-            torch.manual_seed(draw_seed(config.seed, batch))  # dropout is positional, too
-            x0, label = self.training_batch(batch, config.batch_size, config.noise_draws)
+            with part("batch"):
+                torch.manual_seed(draw_seed(config.seed, batch))  # dropout is positional, too
+                x0, label = self.training_batch(batch, config.batch_size, config.noise_draws)
             total = total + self.backward(x0, label, batch) / config.grad_accumulation
+        with part("optimiser"):
+            norm = self.update()
+        items = self.step * config.grad_accumulation * config.batch_size
+        return items / len(self.dataset.train), total, norm, lr
+
+    def update(self):
+        """Move the weights by their gradients, and their average after them -> the gradients' norm,
+        0-d."""
         for weight, matrix in self.matrices:
             matrix.grad = as_matrix(weight.grad)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        limit = config.grad_clip or float("inf")
+        limit = self.config.grad_clip or float("inf")
         norm = nn.utils.clip_grad_norm_(self.model.network.parameters(), limit)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
@@ -140,10 +151,9 @@ class Trainer:
         self.model.zero_grad()
         self.step += 1
         # a young average forgets faster: it would hold on to the start for the whole of a short run
-        decay = min(config.ema_decay, self.step / (self.step + 9))
+        decay = min(self.config.ema_decay, self.step / (self.step + 9))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-        items = self.step * config.grad_accumulation * config.batch_size
-        return items / len(self.dataset.train), total, norm, lr
+        return norm
 
     def backward(self, x0, label, batch):
         """Add the gradients of one batch -> its mean loss, 0-d."""
@@ -152,7 +162,8 @@ class Trainer:
         drawn = log_snr.detach().requires_grad_(schedule.network is not None)
         items = self.unweighted(self.model, x0, label, drawn, batch, "train")
         loss = (weight.detach() * items).sum()
-        self.scaler.scale(loss * share).backward()
+        with part("backward"):
+            self.scaler.scale(loss * share).backward()
         items, slope = items.detach(), drawn.grad
         if schedule.sampling == "importance":
             schedule.observe(log_snr, weight * items)

@@ -9,7 +9,8 @@ from conftest import ROOT
 # in the order in which a newcomer reads it; a module imports only modules above it
 ORDER = [
     *("schedule", "forward", "network", "model", "loss", "guidance", "reverse", "likelihood"),
-    *("quality", "pictures", "data", "editing", "config", "device", "checkpoint", "training"),
+    *("quality", "pictures", "data", "editing", "config", "device", "checkpoint"),
+    *("profiling", "training"),
     *("features", "figures", "evaluation", "report", "output", "run"),
 ]
 
