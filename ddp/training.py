@@ -244,9 +244,9 @@ class Trainer:
         BatchNorm statistics must be fresh: call average first."""
         dataset, total = self.dataset, 0.0
         items = torch.arange(min(len(dataset.test), TEST_ITEMS))
-        for i, part in enumerate(items.split(TEST_BATCH)):
-            x0 = to_float(dataset.test[part])
-            label = dataset.test_labels[part] if self.model.classes else None
+        for i, which in enumerate(items.split(TEST_BATCH)):
+            x0 = to_float(dataset.test[which])
+            label = dataset.test_labels[which] if self.model.classes else None
             total += self.loss(self.ema, x0, label, i, "test").sum().item()
         return total / len(items)
 
