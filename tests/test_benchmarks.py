@@ -4,9 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from conftest import ROOT
+
+from ddp import data, editing
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import peer_recipes
+import peers
 
 TINY = ["--width", "8", "--depth", "1", "--batch_size", "16", "--max_steps", "3"]
 
@@ -61,3 +70,112 @@ def test_sensitivity(folder):
     ]
     assert rows[0]["frechet"]["samples"] == rows[0]["frechet"]["floor"]
     assert f"{rows[3]['frechet']['samples']['value']:.4g}" in out
+
+
+def test_ceilings(folder):
+    sizes = ["--sizes", 16, "--channels", 8, "--resolutions", 4, "--batch", 2, "--megabytes", 1]
+    flags = [*sizes, "--seconds", 0.001, "--repetitions", 1]
+    out = python("benchmarks/ceilings.py", *flags, cwd=folder)
+    rows = json.loads((folder / "ceilings.json").read_text())["rows"]
+    assert [r["what"] for r in rows] == ["matrix product", "convolution", *["in-place add"] * 2]
+    assert f"{rows[1]['bf16 fwd+bwd']:.1f}" in out
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_train_speed(folder, precision):
+    flags = [*TINY, "--grad_accumulation", 2, "--precision", precision, "--quick"]
+    out = python("benchmarks/train_speed.py", *flags, cwd=folder)
+    found = json.loads((folder / "train_speed.json").read_text())
+    step, rows = found["step"], found["rows"]
+    # two counts of the same FLOPs: by layer, and by operation
+    assert sum(r["calls"] * r["flops"] for r in step["layers"]) == step["flops_of_convolutions"]
+    assert {r["what"] for r in rows} == {"batch_size", "width", "resolution"}
+    assert f"{rows[-1]['pictures_a_second']:,.0f}" in out
+    assert (folder / "train_speed.png").stat().st_size > 1000
+
+
+def test_sample_speed(folder):
+    flags = ["--checkpoint", "checkpoints/steps/model.pth", "--batches", 1, 2, "--repetitions", 1]
+    out = python("benchmarks/sample_speed.py", *flags, cwd=folder)
+    found = json.loads((folder / "sample_speed.json").read_text())
+    assert len(found["rows"]) == 2 * 4
+    assert f"{found['rows'][0]['samples_a_second']:.1f}" in out
+    worst = {row["form"]: max(row["difference"]) for row in found["differences"]}
+    assert worst["as trained"] == 0
+    assert worst["folded"] < 1e-4
+    assert worst["folded, bf16"] < 0.1
+    assert len(found["waits"]) == 3
+    assert (folder / "sample_speed.png").stat().st_size > 1000
+class MadeUp(peer_recipes.Diffusers):
+    """A peer whose step is a real one of nothing, and whose pictures are noise."""
+
+    package, batch = "torch", 4
+
+    def __init__(self, feed):
+        self.network, self.batches = torch.nn.Linear(1, 1), iter(feed)
+
+    def step(self):
+        assert next(self.batches).shape[1:] == (1, 28, 28)
+
+    def draw(self, count, sampler, steps):
+        return 2 * torch.rand(count, 1, 28, 28)
+
+
+def test_the_recipe_of_a_peer(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(peer_recipes.PEERS, "diffusers", MadeUp)
+    monkeypatch.setattr(sys, "__stdout__", sys.stdout)
+    np.save(tmp_path / "train.npy", np.zeros((10, 28, 28), np.uint8))
+    flags = ["--pictures", tmp_path / "train.npy", "--out", tmp_path, "--samples", 3]
+    peer_recipes.main(["diffusers", *map(str, flags), "--at", "0.001", "0.002"])
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert 0.06 <= first["seconds"] < 0.12 <= second["seconds"]
+    assert first["pictures"] / first["steps"] == pytest.approx(10 / 3, abs=0.1)
+    items, _ = editing.load_samples(second["file"], (1, 28, 28))
+    assert items.shape == (3, 1, 28, 28)
+    assert items.max() == 255
+
+
+@pytest.fixture
+def compare(tmp_path, monkeypatch):
+    """Runs benchmarks/peers.py on made-up pictures -> its exit code."""
+    pictures = torch.zeros(10, 1, 28, 28, dtype=torch.uint8)
+    monkeypatch.setattr(data, "load", lambda *_: data.Dataset("mnist", pictures, pictures))
+    folders = ["--out", tmp_path / "out", "--environments", tmp_path]
+    return lambda *flags: peers.command([str(flag) for flag in (*folders, *flags)])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a shell script stands in for a python")
+def test_peers_that_fail_leave_the_others(compare, tmp_path, capsys):
+    row = {"peer": "diffusers", "minutes": 1, "steps": 5, "pictures": 640, "parameters": 7}
+    row |= {"pictures_per_second": 10.7, "sampler": {"name": "DDPM", "steps": 9}}
+    row |= {"seconds_per_sample": 0.5, "default_seconds_per_sample": 2.5}
+    for peer, does in {
+        "lucidrains": "echo Traceback >&2; echo no memory >&2; exit 1",
+        "diffusers": f"echo '{json.dumps(row)}'",
+    }.items():
+        script = tmp_path / peer / "bin" / "python"
+        script.parent.mkdir(parents=True)
+        script.write_text(f"#!/bin/sh\n{does}\n")
+        script.chmod(0o755)
+        (tmp_path / peer / "installed.txt").touch()
+    assert compare("--only", "lucidrains", "diffusers") == 1
+    out, error = capsys.readouterr()
+    log = Path("out", "lucidrains", "log.txt")
+    assert error == f"peers.py: error: lucidrains: no memory ({tmp_path / log})\n"
+    assert "DDPM, 9 steps" in out
+    assert json.loads((tmp_path / "out" / "peers.json").read_text())["rows"] == [row]
+
+
+def test_a_peer_that_cannot_be_installed(compare, monkeypatch, capsys):
+    for name, value in {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": ""}.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    assert compare("--only", "diffusers") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2
+    assert said[1].startswith("peers.py: error: diffusers: ERROR: No matching distribution")
+
+
+def test_a_peer_that_nobody_knows(compare, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        compare("--only", "ours")
+    assert "invalid choice: 'ours'" in capsys.readouterr().err
