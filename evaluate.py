@@ -76,14 +76,18 @@ def subjects_of(paths, args, where):
     print(*dataset.describe(), sep="\n")
     for name, path in zip(names, paths, strict=True):
         if path in loaded:
-            model, _, state = loaded[path]
+            model, settings, state = loaded[path]
             evaluation.check_fit(name, model, state, dataset)
-            options = sampling.options(model, guide)
+            dtype = device.sampling_dtype(sampling.precision, settings.precision, where)
+            options = sampling.options(model, guide and guide.prepare_for_sampling(dtype))
+            fast = model.prepare_for_sampling(dtype)
             about = {"checkpoint": str(Path(path).resolve()), "sha256": digest(path),
                      "step": state["step"],
                      "weights": args.weights, **options, "guide": sampling.guide,
+                     "precision": str(dtype).removeprefix("torch."),
                      "provenance": state["provenance"]}  # fmt: skip
-            subjects.append(evaluation.Subject(name, about, model, options))
+            exact = model.prepare_for_sampling()
+            subjects.append(evaluation.Subject(name, about, exact, fast, options))
         else:
             items, found = editing.load_samples(path, dataset.event)
             print(*found, sep="\n")

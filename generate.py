@@ -65,7 +65,7 @@ def sampling_of(args):
         (inverts and random, "--eta, --churn: ddim is inverted without noise"),
     )
     if inverts or args.noise:
-        suited = {"sampler": "ddim", "clip": "none"}
+        suited = {"sampler": "ddim", "clip": "none", "precision": "fp32"}
     else:
         suited = {"sampler": "ddpm"} if args.inpaint and sampling.eta is None else {}
     missing = {k: v for k, v in suited.items() if getattr(sampling, k) is None}
@@ -80,6 +80,8 @@ def main(args):
     where = device.pick_device(args.device)
     model, settings, state = load_model(args.checkpoint, args.weights, where)
     guide = load_model(sampling.guide, "ema", where)[0] if sampling.guide else None
+    dtype = device.sampling_dtype(sampling.precision, settings.precision, where)
+    model, guide = (m and m.prepare_for_sampling(dtype) for m in (model, guide))
     options = sampling.options(model, guide)
     chosen = reverse.chosen_labels(model, state["classes"], args.label)
     edit = editing.Edit(model, args, options)

@@ -228,6 +228,7 @@ class Sampling:
     guidance_interval: list = flag(None, "only between two log-SNR, LOW HIGH", float, count=2)
     guidance_rescale: float = flag(0.0, "of guided items' contrast", at_least=0, at_most=1)
     guide: str = flag(None, "a weaker checkpoint to guide away from, not the lack of a label", str)
+    precision: str = flag(None, "arithmetic (default: the fastest)", str, ("fp32", "bf16"))
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -267,6 +268,7 @@ class Sampling:
         model.schedule.grid(steps)
         options = dataclasses.asdict(self)
         options.update(sampler=sampler, steps=steps, spacing=self.spacing or spacing, guide=guide)
+        del options["precision"]
         clip = self.clip or ("static" if model.is_image else "none")
         return options | {"eta": self.eta or 0.0, "clip": clip}
 

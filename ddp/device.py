@@ -40,3 +40,10 @@ def pick_precision(name, device):
     if name == "fp16" and device.type != "cuda":
         raise ValueError(f"--precision fp16 needs a CUDA GPU, not {device.type}; use bf16 or fp32")
     return name
+
+
+def sampling_dtype(name, trained_in, device):
+    """The torch.dtype in which a model that samples holds its weights. name: fp32, bf16, or None:
+    fp32 if it was trained in that by choice, else the fastest here."""
+    name = name or ("fp32" if trained_in == "fp32" else "auto")
+    return torch.bfloat16 if pick_precision(name, device) == "bf16" else torch.float32

@@ -39,13 +39,14 @@ LIMITS = {"wasserstein2": LARGEST_ASSIGNMENT, "coverage_measures": LARGEST_NEIGH
 
 @dataclasses.dataclass
 class Subject:
-    """What is judged: a model, with the `options` by which generate draws from it; or samples,
-    `drawn`, uint8 pixels or points. `about`: what is told of it, plain types. `found`: what was
-    measured, a nested dict of Estimates."""
+    """What is judged: a model, with the `options` by which generate draws from it, or from the same
+    made `fast`; or samples, `drawn`, uint8 pixels or points. `about`: what is told of it, plain
+    types. `found`: what was measured, a nested dict of Estimates."""
 
     name: str
     about: dict
     model: object = None
+    fast: object = None
     options: dict = None
     drawn: object = None
     found: dict = dataclasses.field(default_factory=dict)
@@ -416,7 +417,7 @@ def evaluate(subjects, dataset, metrics, args, device, progress):
                 model, setting, exact_items, args.exact_draws, total and total.items
             )
         if set(metrics) - set(OF_MODELS):
-            subject.drawn = draw(model, setting, subject.options)
+            subject.drawn = draw(subject.fast, setting, subject.options)
     if spaces and setting.count < FEWEST:
         told.append(f"too few samples or real items, {setting.count}, for {', '.join(spaces)}")
         spaces = []

@@ -246,7 +246,8 @@ class Run:
         """Samples of the EMA model from fixed noise, and the loss curve so far, as pictures -> a
         line."""
         self.flush()
-        model = trainer.average()
+        bf16 = trainer.precision == "bf16"
+        model = trainer.average().prepare_for_sampling(torch.bfloat16 if bf16 else torch.float32)
         indices = torch.arange(GRID if model.is_image else POINTS)
         labels = class_labels(model, indices)
         options = Sampling().options(model)

@@ -106,6 +106,8 @@ def test_sample_speed(folder):
     assert worst["folded, bf16"] < 0.1
     assert len(found["waits"]) == 3
     assert (folder / "sample_speed.png").stat().st_size > 1000
+
+
 class MadeUp(peer_recipes.Diffusers):
     """A peer whose step is a real one of nothing, and whose pictures are noise."""
 

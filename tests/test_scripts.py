@@ -885,3 +885,29 @@ def test_evaluate_says_in_a_line_that_inception_is_missing(given, tmp_path, monk
     line = refused("evaluate.py", *flags, cwd=tmp_path, code=1)
     assert "pip install torch-fidelity" in line
     assert not list(tmp_path.iterdir())
+
+
+def test_profile_says_where_the_time_goes_and_writes_nothing(tmp_path):
+    out = run("train.py", *TINY, "--profile", cwd=tmp_path)
+    rows = {line[:20].strip(): line[20:].split() for line in out.splitlines()}
+    assert rows[""][-1] == "all"
+    assert {"batch", "forward", "backward", "optimiser"} <= set(rows[""])
+    shares = {name: [float(c.rstrip("%")) for c in cells] for name, cells in rows.items()
+              if cells and all(c.endswith("%") for c in cells)}  # fmt: skip
+    assert sum(cells[-1] for name, cells in shares.items() if name != "all") == pytest.approx(
+        100, abs=1
+    )
+    assert shares["all"][-1] == 100
+    assert shares["convolutions"][rows[""].index("forward")] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_precision_of_sampling_changes_little(tmp_path):
+    images = []
+    for precision in ("fp32", "bf16"):
+        path = tmp_path / f"{precision}.npz"
+        run("generate.py", "--checkpoint", DIGITS, "--num_samples", 20, "--precision", precision,
+            "--out", path, cwd=tmp_path)  # fmt: skip
+        with np.load(path) as npz:
+            images.append(npz["images"].astype(float))
+    assert 0 < np.abs(images[0] - images[1]).mean() < 8  # of 255
