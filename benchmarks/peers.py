@@ -21,6 +21,8 @@ from peer_recipes import PEERS
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ddp import config, data
 
+ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddp" / "peers"
+
 
 def run(command, log):
     """Yield what the command prints, line by line; OSError with the end of its log if it fails."""
@@ -92,8 +94,7 @@ def parse(arguments):
     parser.add_argument("--bf16", action="store_true", help="autocast; as they come, it is fp32")
     parser.add_argument("--constraint", type=Path, help="file of versions for pip")
     parser.add_argument("--out", type=Path, default="peers")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    parser.add_argument("--environments", type=Path, default=cache / "ddp" / "peers")
+    parser.add_argument("--environments", type=Path, default=ENVIRONMENTS)
     args = parser.parse_args(arguments)
     for flag in ("minutes", "at", "samples", "batch_size"):
         given = getattr(args, flag)

@@ -181,3 +181,14 @@ def test_a_peer_that_nobody_knows(compare, capsys):
     with pytest.raises(SystemExit, match="2"):
         compare("--only", "ours")
     assert "invalid choice: 'ours'" in capsys.readouterr().err
+
+
+def test_time_to_quality_of_ours(folder):
+    flags = ["--dataset", "digits", "--only", "--ours", 0.01, "--samples", 60, "--out", "time"]
+    out = python("benchmarks/time_to_quality.py", *flags, cwd=folder)
+    (row,) = json.loads((folder / "time" / "time_to_quality.json").read_text())["rows"]
+    assert row["who"] == "ours"
+    assert row["pictures_per_second"] > 0
+    assert f"{row['frechet']['samples']['value']:.3f} ±" in out
+    names = {"ours-0.01.png", "time_to_quality.png", "time_to_quality.json"}
+    assert names <= {path.name for path in (folder / "time").iterdir()}
