@@ -533,7 +533,7 @@ GENERATE_LINES = [
     *(f"--clip {name} --weights raw --device cpu --seed 3 --steps 2" for name in CLIPS),
     "--eta 0.3 --steps 3 --batch_size 2 --label 3",
     "--guidance 2 --guidance_interval -3 4 --guidance_rescale 0.5 --clip dynamic --steps 4",
-    "--guidance 1.5 --guide {run} --steps 3",
+    "--guidance 1.5 --guide {run} --steps 3 --precision bf16",
     "--image {array} --strength 0.7 --label 2",
     "--inpaint {array} --mask {mask} --jump 2 --resample 2 --steps 6",
     "--reconstruct {array} --steps 4",
@@ -545,7 +545,7 @@ EVALUATE_LINES = [
     "--sampler ddim --steps 3 --eta 0.5 --spacing uniform --draws 1 --seed 2 --batch_size 20",
     "--sampler heun --churn 4 --steps 3 --clip dynamic --weights raw --device cpu --data_dir d",
     "--guidance 2 --guidance_interval -3 4 --guidance_rescale 0.5 --steps 3",
-    "--guide {run} --guidance 2 --steps 3",
+    "--guide {run} --guidance 2 --steps 3 --precision bf16",
     "--metrics pixels,exact --reference train --exact_draws 2 --steps 3",
 ]
 
@@ -612,7 +612,7 @@ def test_every_option_is_run_by_some_test(script, capsys):
     options = {"--" + word[2:].replace("-", "_") for word in found} - {"--help"}
     lines = {"train": TRAIN_LINES, "generate": GENERATE_LINES, "evaluate": EVALUATE_LINES}[script]
     elsewhere = {
-        "train": {"--batch_size", "--resume", "--dry_run", "--max_steps"},
+        "train": {"--batch_size", "--resume", "--dry_run", "--max_steps", "--profile"},
         "generate": {"--checkpoint", "--num_samples", "--format", "--out", "--noise"},
         "evaluate": {
             *("--checkpoint", "--num_samples", "--test_items", "--exact_items", "--out"),
