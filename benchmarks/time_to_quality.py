@@ -7,7 +7,6 @@ peer is one run, looked at on the way (benchmarks/peers.py). All samples are fil
 evaluate.py --samples. Prints a table and writes it to JSON, with a figure and the first samples."""
 
 import argparse
-import csv
 import itertools
 import json
 import subprocess
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ddp import config, figures
+from ddp.checkpoint import read
 
 ROOT = Path(__file__).parent.parent
 SHOWN = 64
@@ -47,10 +47,8 @@ def ours(minutes, args):
     draw = ["generate.py", "--checkpoint", checkpoint, "--num_samples"]
     first = python(*draw, 1, "--out", file.with_name("one.npz"))
     took = python(*draw, args.samples, "--out", file) - first  # without the start of Python
-    with open(checkpoint.with_name("log.csv"), newline="") as f:
-        steps = sum(1 for _ in csv.DictReader(f))
-    settings = torch.load(checkpoint, weights_only=True)["config"]
-    speed = steps * settings["batch_size"] / (60 * minutes)
+    state = read(checkpoint)
+    speed = state["step"] * state["config"]["batch_size"] / (60 * minutes)
     row = {"who": "ours", "minutes": minutes, "file": str(file), "pictures_per_second": speed}
     return row | {"seconds_per_sample": took / args.samples}
 

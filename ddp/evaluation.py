@@ -71,6 +71,7 @@ class Setting:
         self.reference, self.labels = picked(*real, self.count)
         self.count = len(self.reference)
         self.floor, _ = picked(*other, self.count)
+        self.matched = len(self.floor) == self.count  # or a ratio to it would be of two numbers
 
     def batches(self, name, count, copies=1):
         """Indices of `count` items, batch after batch, of which each is used in `copies`."""
@@ -234,8 +235,11 @@ def in_space(name, setting, extract):
             found |= estimate(function, items, real, limit=limit, **few)
         return found
 
-    floor, same = measured(other), len(other) == len(reference)
-    return lambda drawn: beside(measured(extract(drawn)), floor, same), reference.shape[1]
+    floor = measured(other)
+    return (
+        lambda drawn: beside(measured(extract(drawn)), floor, setting.matched),
+        reference.shape[1],
+    )
 
 
 def distance_ratio(drawn, setting):
@@ -247,14 +251,14 @@ def distance_ratio(drawn, setting):
     return measure(ours, real) / measure(floor, real[: len(floor)])
 
 
-def beside(found, floor, same):
+def beside(found, floor, matched):
     """Estimates, each with its floor and its ratio to it; this is None where the floor is 0, or
-    unless it is of the same number of items."""
+    unless it is `matched`, of the same number of items."""
     return {
         name: {
             "samples": e,
             "floor": floor.get(name),
-            "ratio": e.over(floor[name]) if same and name in floor else None,
+            "ratio": e.over(floor[name]) if matched and name in floor else None,
         }
         for name, e in found.items()
     }
@@ -280,11 +284,11 @@ def in_classes(judge, setting):
             real[: len(probabilities)],
         )
 
-    floor, same = measured(other), len(other) == len(real)
+    floor = measured(other)
 
     def classed(drawn, labelled):
         probabilities = sorted_into(drawn)
-        found = beside(measured(probabilities), floor, same)
+        found = beside(measured(probabilities), floor, setting.matched)
         if labelled:
             right = probabilities.argmax(dim=1) == setting.labels
             found["agreement"] = {"samples": Estimate.share(right)}
@@ -307,7 +311,7 @@ def notes(name, setting, dimension):
         )
     elif count < 1000:
         found.append(f"too few samples, {count:,}, to compare with figures of another number")
-    if len(setting.floor) < count:
+    if not setting.matched:
         found.append(
             f"the floor is of {len(setting.floor):,} items only, all of the other split, so there "
             "are no ratios to it"

@@ -53,6 +53,7 @@ class DiffusionModel(nn.Module):
         for module in list(ready.network.modules()):
             if isinstance(module, Block):
                 module.fold()
-        ready.network.to(dtype)
-        ready.network.embedding.float()
+        for piece in ready.network.children():
+            if piece is not ready.network.embedding:  # its frequencies would lose their digits
+                piece.to(dtype)
         return ready

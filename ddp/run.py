@@ -19,6 +19,7 @@ from ddp.checkpoint import (
 )
 from ddp.config import Config, Sampling, merged
 from ddp.data import full_name, to_pixels
+from ddp.device import sampling_dtype
 from ddp.forward import uniform
 from ddp.likelihood import NOISIEST
 from ddp.loss import WEIGHTINGS
@@ -246,8 +247,8 @@ class Run:
         """Samples of the EMA model from fixed noise, and the loss curve so far, as pictures -> a
         line."""
         self.flush()
-        bf16 = trainer.precision == "bf16"
-        model = trainer.average().prepare_for_sampling(torch.bfloat16 if bf16 else torch.float32)
+        dtype = sampling_dtype(None, trainer.precision, trainer.device)
+        model = trainer.average().prepare_for_sampling(dtype)
         indices = torch.arange(GRID if model.is_image else POINTS)
         labels = class_labels(model, indices)
         options = Sampling().options(model)

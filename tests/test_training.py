@@ -8,7 +8,7 @@ from torch import nn
 
 from ddp import data
 from ddp.config import Config
-from ddp.forward import alpha_sigma
+from ddp.forward import alpha_sigma, diffuse
 from ddp.training import Trainer
 
 TINY = {"width": 8, "depth": 1, "batch_size": 16, "warmup": 2}
@@ -336,8 +336,7 @@ def test_a_model_made_ready_for_sampling_denoises_alike(name, norm):
                 nn.init.normal_(tensor, 0.5, 0.5)
     x0 = data.to_float(trainer.dataset.test[:64])
     log_snr = torch.linspace(-6, 6, 64)
-    xt = x0 * log_snr.sigmoid().sqrt().reshape(-1, *[1] * (x0.ndim - 1))
-    xt = xt + torch.randn_like(x0) * (-log_snr).sigmoid().sqrt().reshape(-1, *[1] * (x0.ndim - 1))
+    xt = diffuse(x0, log_snr, torch.randn_like(x0))
     with torch.no_grad():
         before = model.denoise(xt, log_snr)
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
@@ -346,6 +345,8 @@ def test_a_model_made_ready_for_sampling_denoises_alike(name, norm):
             assert not norms
             after = ready.denoise(xt, log_snr)
             assert after.dtype == torch.float32
+            levels = (m.network.embedding(log_snr) for m in (ready, model))
+            assert torch.equal(*levels)  # the noise level is told in full precision
             assert (after - before).abs().max() < tolerance
             assert norm != "batch" or not torch.equal(after, before)
             again = ready.prepare_for_sampling(dtype).denoise(xt, log_snr)
