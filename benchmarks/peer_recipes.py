@@ -1,7 +1,7 @@
 """How each peer is trained and sampled: benchmarks/peers.py runs this in the peer's environment.
 
 Nothing is imported here but the peer, torch and numpy. A recipe is the peer's own for pictures of
-this size, from its `source`; `text` says it, and what MNIST or the clock made differ."""
+this size, from its `source`; `text` says it, and what the dataset or the clock made differ."""
 
 import argparse
 import contextlib
@@ -16,19 +16,38 @@ import torch
 
 CHUNK = 100  # pictures that are drawn at once
 TRIAL = 16  # pictures that the default sampler is timed on
+STEPS = {"cpu": 1, "cuda": 20}  # between two looks at the clock, which on a GPU waits for it
 
 
 class Feed:
-    """Endless shuffled batches of floats from 0 to 1, (B, 1, 28, 28), and how many went by."""
+    """Endless shuffled batches of floats from 0 to 1, (B, C, H, W), on the pictures' device, and
+    how many went by."""
 
     def __init__(self, pictures, size):
         self.pictures, self.size, self.count = pictures, size, 0
+        self.device, (self.channels, self.side) = pictures.device, pictures.shape[1:3]
 
     def __iter__(self):
         while True:
             for chosen in torch.randperm(len(self.pictures)).split(self.size):
                 self.count += len(chosen)
-                yield self.pictures[chosen, None].float() / 255
+                yield self.pictures[chosen].float() / 255
+
+
+GREY = {
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+}
+COLOUR = {
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
 
 
 class Diffusers:
@@ -50,24 +69,19 @@ class Diffusers:
         "for pixels, and lambda_min_clipped, for this schedule."
     )
 
+    shape, schedule, lr = GREY, "squaredcos_cap_v2", 1e-3
+
     def __init__(self, feed):
         from diffusers import DDPMScheduler, UNet2DModel
         from diffusers.training_utils import EMAModel
 
-        down, attend = ("DownBlock2D", "AttnDownBlock2D"), ("AttnUpBlock2D", "UpBlock2D")
-        self.network = UNet2DModel(
-            sample_size=28,
-            in_channels=1,
-            out_channels=1,
-            layers_per_block=2,
-            block_out_channels=(32, 64, 64),
-            down_block_types=(*down, down[1]),
-            up_block_types=(attend[0], *attend),
-        )
+        ends = {"sample_size": feed.side, "in_channels": feed.channels}
+        ends |= {"out_channels": feed.channels}
+        self.network = UNet2DModel(layers_per_block=2, **ends, **self.shape).to(feed.device)
         # in bfloat16 its schedulers would keep the pictures themselves in it
         self.network.conv_out.register_forward_hook(lambda network, given, found: found.float())
-        self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="squaredcos_cap_v2")
-        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3)
+        self.scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule=self.schedule)
+        self.optimizer = torch.optim.Adam(self.network.parameters(), lr=self.lr)
         self.average = EMAModel(
             self.network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75
         )
@@ -75,7 +89,7 @@ class Diffusers:
 
     def step(self):
         x = next(self.batches) * 2 - 1
-        noise, t = torch.randn_like(x), torch.randint(0, 999, (len(x),))
+        noise, t = torch.randn_like(x), torch.randint(0, 999, (len(x),), device=x.device)
         found = self.network(self.scheduler.add_noise(x, noise, t), t, return_dict=False)[0]
         torch.nn.functional.mse_loss(found, noise).backward()
         self.optimizer.step()
@@ -88,7 +102,9 @@ class Diffusers:
         scheduler = self.scheduler
         if sampler != "DDPM":
             options = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}
-            options |= {"thresholding": True, "lambda_min_clipped": -5.1}
+            options |= {"thresholding": True}
+            if self.schedule == "squaredcos_cap_v2":
+                options |= {"lambda_min_clipped": -5.1}
             scheduler = DPMSolverMultistepScheduler.from_config(scheduler.config, **options)
         self.average.store(self.network.parameters())
         self.average.copy_to(self.network.parameters())
@@ -97,6 +113,20 @@ class Diffusers:
         drawn = pipeline(batch_size=count, num_inference_steps=steps, output_type="np").images
         self.average.restore(self.network.parameters())
         return torch.from_numpy(drawn).movedim(-1, 1)
+
+
+class DiffusersForColour(Diffusers):
+    source = (
+        "google/ddpm-cifar10-32: network and schedule; huggingface/diffusers: learning rate and "
+        "EMA of examples/unconditional_image_generation"
+    )
+    text = (
+        "UNet2DModel 128-256-256-256, 2 layers a block, attention at 16 pixels; DDPMScheduler of "
+        "1000 steps, linear, predicts the noise; Adam at 1e-4, batch 128 instead of 16; EMAModel "
+        "with its warm-up; no mirrored pictures. Fast sampler: DPMSolverMultistepScheduler, "
+        "sde-dpmsolver++ of order 2, with thresholding, for pixels."
+    )
+    shape, schedule, lr = COLOUR, "linear", 1e-4
 
 
 class Lucidrains:
@@ -117,8 +147,8 @@ class Lucidrains:
 
         self.network = Unet(dim=32, dim_mults=(1, 2, 4), channels=1, flash_attn=True)
         self.diffusion = GaussianDiffusion(
-            self.network, image_size=28, timesteps=1000, sampling_timesteps=250
-        )
+            self.network, image_size=feed.side, timesteps=1000, sampling_timesteps=250
+        ).to(feed.device)
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr=8e-5, betas=(0.9, 0.99))
         self.average = EMA(self.diffusion, beta=0.995, update_every=10)
         self.batches = iter(feed)
@@ -153,7 +183,8 @@ class Smalldiffusion:
         from smalldiffusion import Scaled, ScheduleLogLinear, Unet, training_loop
         from torch_ema import ExponentialMovingAverage
 
-        self.network = Scaled(Unet)(28, 1, 1, ch=64, ch_mult=(1, 1, 2), attn_resolutions=(14,))
+        network = Scaled(Unet)(28, 1, 1, ch=64, ch_mult=(1, 1, 2), attn_resolutions=(14,))
+        self.network = network.to(feed.device)
         self.schedule = ScheduleLogLinear(sigma_min=0.01, sigma_max=20, N=800)
         self.average = ExponentialMovingAverage(self.network.parameters(), decay=0.999)
         batches = (2 * x - 1 for x in feed)
@@ -172,24 +203,33 @@ class Smalldiffusion:
         return img_normalize(x0)
 
 
-PEERS = {"diffusers": Diffusers, "lucidrains": Lucidrains, "smalldiffusion": Smalldiffusion}
+PEERS = {
+    "mnist": {
+        "diffusers": Diffusers,
+        "lucidrains": Lucidrains,
+        "smalldiffusion": Smalldiffusion,
+    },
+    "cifar10": {"diffusers": DiffusersForColour},
+}
 
 
 def draw(recipe, count, sampler, steps):
-    """(uint8 (N, 28, 28), seconds), from seed 0; training goes on as if nothing had been drawn."""
+    """(uint8 (N, H, W, C), seconds), from seed 0; training goes on as if nothing had been drawn."""
     started = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(0)
         sizes = [len(part) for part in torch.arange(count).split(CHUNK)]
-        drawn = torch.cat([recipe.draw(size, sampler, steps).float() for size in sizes])
-    pixels = drawn[:, 0].clamp(0, 1).mul(255).round().byte().numpy()
+        drawn = torch.cat([recipe.draw(size, sampler, steps).float().cpu() for size in sizes])
+    pixels = drawn.clamp(0, 1).mul(255).round().byte().movedim(1, -1).numpy()
     return pixels, time.perf_counter() - started
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("peer", choices=PEERS)
-    parser.add_argument("--pictures", required=True, help=".npy of uint8 (N, 28, 28)")
+    parser.add_argument("peer")
+    parser.add_argument("--dataset", choices=PEERS, default="mnist")
+    parser.add_argument("--pictures", required=True, help=".npy of uint8 (N, C, H, W)")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--at", type=float, nargs="+", required=True, help="minutes, ascending")
     parser.add_argument("--samples", type=int, required=True)
     parser.add_argument("--sampler", choices=("fast", "default"), default="fast")
@@ -198,16 +238,22 @@ def main(arguments=None):
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     torch.manual_seed(0)
-    kind = PEERS[args.peer]
-    feed = Feed(torch.from_numpy(np.load(args.pictures)), args.batch_size or kind.batch)
+    kind, where = PEERS[args.dataset][args.peer], torch.device(args.device)
+    pictures = torch.from_numpy(np.load(args.pictures)).to(where)
+    feed = Feed(pictures, args.batch_size or kind.batch)
+    wait = torch.cuda.synchronize if where.type == "cuda" else lambda: None
     recipe, seconds, steps, trial = kind(feed), 0.0, 0, None
     for minutes in args.at:
-        with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
+        half = {"dtype": torch.bfloat16, "enabled": args.bf16}
+        # a cache would keep the weights of the first step
+        with torch.autocast(where.type, cache_enabled=False, **half):
             while seconds < 60 * minutes:
                 started = time.perf_counter()
-                recipe.step()
+                for _ in range(STEPS[where.type]):
+                    recipe.step()
+                wait()
                 seconds += time.perf_counter() - started
-                steps += 1
+                steps += STEPS[where.type]
             pixels, took = draw(recipe, args.samples, *getattr(kind, args.sampler))
             few = min(TRIAL, args.samples)
             trial = trial or draw(recipe, few, *kind.default)[1] / few
@@ -226,6 +272,7 @@ def main(arguments=None):
             "steps": steps,
             "pictures": feed.count,
             "pictures_per_second": feed.count / seconds,
+            "gpu_bytes": torch.cuda.max_memory_allocated() if where.type == "cuda" else None,
             "file": str(file),
             "samples": args.samples,
             "sampler": dict(zip(("name", "steps"), getattr(kind, args.sampler), strict=True)),

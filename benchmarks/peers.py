@@ -1,4 +1,4 @@
-"""Other packages for diffusion, trained and sampled on MNIST by their own recipes.
+"""Other packages for diffusion, trained and sampled by their own recipes, on MNIST or CIFAR-10.
 
 python benchmarks/peers.py --data_dir PATH [--only diffusers] [--minutes 30] [--at 1 5 10 30]
 
@@ -19,7 +19,7 @@ import numpy as np
 from peer_recipes import PEERS
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ddp import config, data
+from ddp import config, data, device
 
 ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddp" / "peers"
 
@@ -49,7 +49,8 @@ def environment(peer, args, log):
         constraint = ["--constraint", args.constraint] if args.constraint else []
         print(f"{peer}: installing into {folder}", file=sys.stderr)
         list(run([sys.executable, "-m", "venv", "--clear", folder], log))
-        list(run([*pip, "install", "--quiet", *constraint, *PEERS[peer].install], log))
+        wanted = PEERS[args.dataset][peer].install
+        list(run([*pip, "install", "--quiet", *constraint, *wanted], log))
         installed.write_text("".join(run([*pip, "freeze"], log)))
     return python
 
@@ -63,6 +64,7 @@ def measure(peer, pictures, args):
     python = environment(peer, args, log)
     command = [python, Path(__file__).with_name("peer_recipes.py"), peer, "--pictures", pictures]
     command += ["--out", out, "--samples", args.samples, "--sampler", args.sampler]
+    command += ["--dataset", args.dataset, "--device", args.device]
     command += ["--batch_size", args.batch_size] if args.batch_size else []
     command += ["--bf16"] if args.bf16 else []
     command += ["--at", *sorted({m for m in args.at if m < args.minutes} | {args.minutes})]
@@ -80,8 +82,9 @@ def line_of(row):
 
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dataset", choices=PEERS, default="mnist")
     parser.add_argument("--data_dir", default="data")
-    parser.add_argument("--only", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
+    parser.add_argument("--only", nargs="+", metavar="PEER", help="(default: all of the dataset's)")
     parser.add_argument("--minutes", type=float, default=30, help="of training")
     parser.add_argument(
         "--at", type=float, nargs="+", default=[1, 2, 5, 10, 20, 30], help="minutes to sample after"
@@ -92,10 +95,15 @@ def parse(arguments):
     )
     parser.add_argument("--batch_size", type=int, help="(default: that of the peer's recipe)")
     parser.add_argument("--bf16", action="store_true", help="autocast; as they come, it is fp32")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda")
     parser.add_argument("--constraint", type=Path, help="file of versions for pip")
     parser.add_argument("--out", type=Path, default="peers")
     parser.add_argument("--environments", type=Path, default=ENVIRONMENTS)
     args = parser.parse_args(arguments)
+    args.only = args.only or list(PEERS[args.dataset])
+    if unknown := set(args.only) - set(PEERS[args.dataset]):
+        known = ", ".join(PEERS[args.dataset])
+        parser.error(f"--only {' '.join(sorted(unknown))}: for {args.dataset} there are {known}")
     for flag in ("minutes", "at", "samples", "batch_size"):
         given = getattr(args, flag)
         if given is not None and np.min(given) <= 0:
@@ -105,12 +113,14 @@ def parse(arguments):
 
 def main(arguments=None):
     args, failed = parse(arguments), False
+    # no peer says that it runs on mps
+    args.device = "cuda" if device.pick_device(args.device).type == "cuda" else "cpu"
     table = args.out / "peers.json"
     rows = json.loads(table.read_text())["rows"] if table.exists() else []
-    dataset = data.load("mnist", args.data_dir)
+    dataset = data.load(args.dataset, args.data_dir)
     with tempfile.TemporaryDirectory() as folder:
         pictures = Path(folder, "pictures.npy")
-        np.save(pictures, dataset.train.squeeze(1).numpy())
+        np.save(pictures, dataset.train.numpy())
         print(
             "peer            minutes   steps   pictures  a second  parameters  sampler"
             "                      ms/sample  by default",

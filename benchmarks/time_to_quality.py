@@ -1,6 +1,6 @@
 """Quality against minutes of training: ours and other packages, on the same data and cores.
 
-python benchmarks/time_to_quality.py --data_dir PATH [--ours 1 2 5 10] [--minutes 30 --only ...]
+python benchmarks/time_to_quality.py --data_dir PATH [--ours 1 2 5 10] [--minutes 30 --at 10]
 
 Each of our budgets is a run of train.py of its own, since its learning rate falls to the end; a
 peer is one run, looked at on the way (benchmarks/peers.py). All samples are files, and judged by
@@ -9,9 +9,10 @@ evaluate.py --samples. Prints a table and writes it to JSON, with a figure and t
 import argparse
 import itertools
 import json
+import re
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,56 +25,62 @@ from ddp import config, figures
 from ddp.checkpoint import read
 
 ROOT = Path(__file__).parent.parent
-SHOWN = 64
+SHOWN, COLUMNS = 32, 4  # samples in a picture
 FIGURES = ("frechet", "coverage", "named")  # of the judge
 
 
 def python(script, *flags):
-    """Seconds that a script of this project takes. Raises OSError when it fails."""
-    started = time.perf_counter()
+    """What a script of this project prints. Raises OSError when it fails."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise OSError((done.stderr.splitlines() or [f"{script} failed"])[-1])
-    return time.perf_counter() - started
+    return done.stdout
 
 
 def ours(minutes, args):
-    """Train for so many minutes and draw samples -> a row."""
+    """Train for so many minutes, all that train.py does counted -> a row for each --steps."""
     name, checkpoint = f"ours-{minutes:g}", args.out / f"ours-{minutes:g}" / "model.pth"
     data = ["--dataset", args.dataset, "--data_dir", args.data_dir]
     python("train.py", *data, "--max_minutes", minutes, "--out_dir", args.out, "--name", name)
-    file = checkpoint.with_name("samples.npz")
-    draw = ["generate.py", "--checkpoint", checkpoint, "--num_samples"]
-    first = python(*draw, 1, "--out", file.with_name("one.npz"))
-    took = python(*draw, args.samples, "--out", file) - first  # without the start of Python
     state = read(checkpoint)
     speed = state["step"] * state["config"]["batch_size"] / (60 * minutes)
-    row = {"who": "ours", "minutes": minutes, "file": str(file), "pictures_per_second": speed}
-    return row | {"seconds_per_sample": took / args.samples}
+    for steps in args.steps:
+        file = checkpoint.with_name(f"samples-{steps}.npz")
+        draw = ["--num_samples", args.samples, "--steps", steps, "--out", file]
+        said = python("generate.py", "--checkpoint", checkpoint, *draw)
+        rate = float(re.search(r"([\d.]+) a second", said)[1])
+        row = {"who": f"ours, {steps} steps", "minutes": minutes, "file": str(file)}
+        yield row | {"pictures_per_second": speed, "seconds_per_sample": 1 / rate}
+
+
+def flags_of_peers(args):
+    flags = ["--dataset", args.dataset, "--data_dir", args.data_dir, "--minutes", args.minutes]
+    flags += ["--samples", args.samples, "--out", args.out / "peers"]
+    flags += ["--environments", args.environments, "--only", *args.only, "--at", *args.at]
+    flags += ["--constraint", args.constraint] if args.constraint else []
+    return [str(flag) for flag in flags + ["--bf16"] * args.bf16]
 
 
 def theirs(args):
-    """Yield the rows of the peers, by benchmarks/peers.py."""
-    flags = ["--data_dir", args.data_dir, "--minutes", args.minutes, "--samples", args.samples]
-    flags += ["--out", args.out / "peers", "--environments", args.environments, "--only"]
-    flags += [*args.only, "--at", *args.ours]
-    flags += ["--constraint", args.constraint] if args.constraint else []
-    if peers.main([str(flag) for flag in flags]):
-        print("time_to_quality.py: a peer failed and is left out", file=sys.stderr)
+    """Yield the rows of the peers, by benchmarks/peers.py, or as it left them."""
     table = args.out / "peers" / "peers.json"
+    if not args.reuse and peers.main(flags_of_peers(args)):
+        print("time_to_quality.py: a peer failed and is left out", file=sys.stderr)
     rows = json.loads(table.read_text())["rows"] if table.exists() else []
     keys = ("minutes", "file", "pictures_per_second", "seconds_per_sample", "sampler", "recipe")
-    for row in rows:
+    for row in (row for row in rows if row["peer"] in args.only):
         yield {"who": row["peer"]} | {key: row[key] for key in keys}
 
 
 def judged(row, args):
     """The row with what evaluate.py says of its samples."""
-    out = args.out / "judged" / f"{row['who']}-{row['minutes']:g}"
     flags = ["--dataset", args.dataset, "--data_dir", args.data_dir, "--metrics", "judge"]
-    python("evaluate.py", "--samples", row["file"], *flags, "--out", out)
-    space = json.loads((out / "evaluation.json").read_text())["subjects"][0]["quality"]["judge"]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "judged")
+        python("evaluate.py", "--samples", row["file"], *flags, "--out", out)
+        found = json.loads((out / "evaluation.json").read_text())["subjects"][0]
+    space = found["quality"]["judge"]
     return row | {name: space[name] for name in FIGURES}
 
 
@@ -81,7 +88,7 @@ def line_of(row):
     distance, named = row["frechet"], row["named"]["samples"]["value"]
     ratio = distance["ratio"]["value"] if distance["ratio"] else float("nan")
     return (
-        f"{row['who']:<15} {row['minutes']:7g} {row['pictures_per_second']:10.1f} "
+        f"{row['who']:<16} {row['minutes']:7g} {row['pictures_per_second']:10.1f} "
         f"{1000 * row['seconds_per_sample']:10.2f} {distance['samples']['value']:9.3f} ± "
         f"{distance['samples']['error']:.3f} {ratio:8.1f} "
         f"{row['coverage']['samples']['value']:9.3f} {named:7.3f}"
@@ -105,33 +112,42 @@ def draw(rows):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dataset", default="mnist", help="(peers are for mnist alone)")
+    parser.add_argument("--dataset", default="mnist", help="(peers are for mnist and cifar10)")
     parser.add_argument("--data_dir", default="data")
-    parser.add_argument("--ours", type=float, nargs="+", default=[1, 2, 5, 10], metavar="MINUTES")
+    parser.add_argument("--ours", type=float, nargs="*", default=[1, 2, 5, 10], metavar="MINUTES")
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 10], help="of our sampler")
     parser.add_argument("--minutes", type=float, default=30, help="of a peer's training")
-    parser.add_argument("--only", nargs="*", choices=peers.PEERS, default=list(peers.PEERS))
+    parser.add_argument("--at", type=float, nargs="+", default=[10], help="see benchmarks/peers.py")
+    parser.add_argument("--only", nargs="*", metavar="PEER", help="without a name: ours alone")
+    parser.add_argument("--bf16", action="store_true", help="autocast of the peers")
+    parser.add_argument("--reuse", action="store_true", help="the peers that lie in OUT/peers")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--environments", type=Path, default=peers.ENVIRONMENTS)
     parser.add_argument("--constraint", type=Path, help="file of versions for pip")
     parser.add_argument("--out", type=Path, default="time_to_quality")
     args = parser.parse_args(arguments)
-    if args.only and args.dataset != "mnist":
-        parser.error(f"--dataset {args.dataset}: peers are for mnist; give --only without a name")
+    known = list(peers.PEERS.get(args.dataset, {}))
+    args.only = known if args.only is None else args.only
+    if unknown := set(args.only) - set(known):
+        parser.error(f"--only {' '.join(sorted(unknown))}: there are {', '.join(known) or 'none'}")
+    if args.only:
+        peers.parse(flags_of_peers(args))  # refused before anything is trained
+    if args.reuse and not (args.out / "peers" / "peers.json").exists():
+        parser.error(f"--reuse: there is no {args.out / 'peers' / 'peers.json'}")
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    print(f"{'who':<15} minutes pictures/s  ms/sample frechet (judge)  / floor  coverage   named")
-    measured = itertools.chain(
-        (ours(minutes, args) for minutes in args.ours), theirs(args) if args.only else ()
-    )
-    for row in measured:
+    rows, grids = [], {}
+    print(f"{'who':<16} minutes pictures/s  ms/sample frechet (judge)  / floor  coverage   named")
+    measured = [*(ours(minutes, args) for minutes in args.ours), theirs(args) if args.only else ()]
+    for row in itertools.chain.from_iterable(measured):
         rows.append(judged(row, args))
         print(line_of(rows[-1]), flush=True)
         (args.out / "time_to_quality.json").write_text(json.dumps({"rows": rows}, indent=1))
         with np.load(row["file"]) as npz:
             first = torch.from_numpy(npz[npz.files[0]][:SHOWN])
-        height, width = first.shape[1:3]
-        picture = figures.overview(first.reshape(-1, 1, height, width))
-        picture.save(args.out / f"{row['who']}-{row['minutes']:g}.png")
+        first = first.reshape(*first.shape[:3], -1).movedim(-1, 1)
+        title = f"{row['who']}, {row['minutes']:g} min"
+        grids[title] = figures.grid(first, COLUMNS)
+        figures.side_by_side(grids.values(), grids).save(args.out / "samples.png")
     draw(rows).savefig(args.out / "time_to_quality.png")
     return 0
 

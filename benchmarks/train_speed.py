@@ -172,6 +172,9 @@ def main():
     trainer = trainer_of(settings, dataset)
     print(*dataset.describe(), trainer.describe(), sep="\n")
     found |= {"config": dataclasses.asdict(settings), "step": step_of(trainer, quick)}
+    if trainer.device.type == "cuda":
+        found["gpu_bytes"] = torch.cuda.max_memory_allocated()
+        print(f"memory of the GPU: {found['gpu_bytes'] / 1e6:,.0f} MB")
     rows = list(costs(settings, dataset, quick))
     out.write_text(json.dumps(found | {"rows": rows}, indent=1))
     draw(rows).savefig(out.with_suffix(".png"))

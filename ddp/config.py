@@ -126,6 +126,7 @@ class Config:
     seed: int = flag(0, "the run is a function of it", at_least=0, at_most=2**32 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "arithmetic of the network in training", choices=PRECISIONS)
+    compile: bool = flag(False, "by torch.compile, a minute that pays in long runs")
     # the run
     name: str = flag(None, "name of the run (default: the dataset's)", str)
     out_dir: str = flag("checkpoints", "where runs are written")
@@ -276,8 +277,8 @@ class Sampling:
 # What may change when a run is resumed. All else would make it another run.
 CHANGEABLE = {
     *("data_dir", "epochs", "max_steps", "max_minutes", "lr", "lr_schedule", "warmup"),
-    *("weight_decay", "grad_clip", "ema_decay", "device", "precision", "name", "out_dir"),
-    *("save_every", "keep", "sample_every"),
+    *("weight_decay", "grad_clip", "ema_decay", "device", "precision", "compile"),
+    *("name", "out_dir", "save_every", "keep", "sample_every"),
 }
 
 
@@ -387,6 +388,9 @@ def verdict(error):
         return 2, f"error: {error}"
     if isinstance(error, (OSError, FloatingPointError)):
         return 1, f"error: {error}"
+    if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+        said = " ".join(str(error).split())[:200]
+        return 1, f"error: --compile does not work here ({said}); leave it out"
     if isinstance(error, RuntimeError) and "memory" in str(error):
         return 1, f"error: {str(error).splitlines()[0]}; try a smaller --batch_size"
     raise error

@@ -100,7 +100,7 @@ class Dataset:
         )
         for part in parts:
             if part is not None:
-                digest.update(part.contiguous().numpy())
+                digest.update(part.cpu().contiguous().numpy())
         return digest.hexdigest()[:16]
 
     def describe(self):

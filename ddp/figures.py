@@ -179,7 +179,7 @@ def schedule(t, log_snr, rows):
 
 def side_by_side(pictures, titles):
     """PIL images in a row on white, as they are, each under its title."""
-    margin = 24
+    pictures, margin = list(pictures), 24
     width = sum(p.width + margin for p in pictures) + margin
     canvas = Image.new("RGB", (width, max(p.height for p in pictures) + 2 * margin), "white")
     left = margin

@@ -68,11 +68,24 @@ class Block(nn.Module):
 
     def forward(self, x, embedding):
         modulation = self.modulation(embedding)
-        scale, shift = modulation.reshape(*modulation.shape, *[1] * (x.ndim - 2)).chunk(2, dim=1)
-        h = self.norm1(self.first(x))
-        h = self.dropout(self.activation(torch.addcmul(shift, h, 1 + scale)))
-        h = self.norm2(self.second(h))
-        return self.activation(h + self.skip(x))
+        if embedding.ndim == 1 and isinstance(self.norm1, nn.Identity):
+            h = self.modulated(x, *modulation.chunk(2))
+        else:
+            ones = [1] * (x.ndim - 2)
+            scale, shift = modulation.reshape(-1, modulation.shape[-1], *ones).chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm1(self.first(x)), 1 + scale)
+        h = self.norm2(self.second(self.dropout(self.activation(h))))
+        return self.activation(h.add_(self.skip(x)))
+
+    def modulated(self, x, scale, shift):
+        """The first layer, scaled and shifted by what is the same for all items, (width_out,) each:
+        in its weights, which are fewer."""
+        layer, gain = self.first, 1 + scale
+        weight = layer.weight * gain.reshape(-1, *[1] * (x.ndim - 1))
+        bias = torch.addcmul(shift, layer.bias, gain)
+        if x.ndim == 2:
+            return F.linear(x, weight, bias)
+        return F.conv2d(x, weight, bias, padding=layer.padding)
 
     def normalised_weights(self):
         """The weights whose scale a norm cancels."""
@@ -110,14 +123,23 @@ class Attention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
         return x + self.project(mixed.reshape(batch, width, *size))
 
+    def fold(self):
+        """Make one layer of the BatchNorm and the layer that follows it; for eval mode alone."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            gain = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
+            offset = self.norm.bias - gain * self.norm.running_mean
+            self.qkv.bias += self.qkv.weight.flatten(1) @ offset
+            self.qkv.weight *= gain[:, None, None]
+            self.norm = nn.Identity()
+
     def start_at_zero(self):
         nn.init.zeros_(self.project.weight)
         nn.init.zeros_(self.project.bias)
 
 
 class LevelEmbedding(nn.Module):
-    """log_snr (B,) and label (B,) or None -> (B, width). The last row of the label table means "no
-    label"."""
+    """log_snr (B,) and label (B,) or None -> (B, width), or (width,) in eval mode where log_snr is
+    one level that was expanded to (B,). The last row of the label table means "no label"."""
 
     def __init__(self, width, activation, classes=0):
         super().__init__()
@@ -132,12 +154,14 @@ class LevelEmbedding(nn.Module):
             self.label = nn.Embedding(classes + 1, 2 * (width // 4))
 
     def forward(self, log_snr, label=None):
+        is_one = not self.training and label is None and log_snr.stride(0) == 0
+        log_snr = log_snr[:1] if is_one else log_snr
         angle = log_snr.clamp(-MAX_LOG_SNR, MAX_LOG_SNR)[:, None] * self.frequencies
         features = torch.cat([angle.sin(), angle.cos()], dim=1)
         if self.classes:
             none = torch.full_like(log_snr, self.classes, dtype=torch.long)
             features = features + self.label(none if label is None else label)
-        return self.mlp(features)
+        return self.mlp(features)[0] if is_one else self.mlp(features)
 
 
 class UNet(nn.Module):

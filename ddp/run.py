@@ -3,6 +3,8 @@
 import csv
 import math
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -193,7 +195,7 @@ class Run:
         )
 
     def check(self):
-        for row in self.pending:
+        for row in self.pending[-CHECK_EVERY:]:
             row[2], row[3] = float(row[2]), float(row[3])
             if not math.isfinite(row[2]):
                 raise self.failure(f"the loss became {row[2]} at step {row[0]}")
@@ -224,8 +226,10 @@ class Run:
         state = trainer.state()
         paths = [self.folder / name for name in ["last.pth"] + ["best.pth"] * is_best]
         paths += [self.folder / f"step_{trainer.step:08d}.pth"] if keep else []
-        for path in paths:
-            write(path, state)
+        last, *others = paths
+        write(last, state)
+        for path in others:
+            replace(path, partial(shutil.copyfile, last))
         for old in sorted(self.folder.glob("step_*.pth"))[: -keep or None]:
             old.unlink()
         return (

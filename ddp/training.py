@@ -13,6 +13,7 @@ from ddp.forward import diffuse, draw_seed, normal, uniform
 from ddp.likelihood import prior_term, reconstruction_term
 from ddp.loss import denoising
 from ddp.model import DiffusionModel
+from ddp.muon import Muon
 from ddp.network import Block
 from ddp.profiling import part
 
@@ -40,8 +41,14 @@ class Trainer:
     is (`step`, `seconds`, `best` test loss). precision: `fp32`, `bf16` or `fp16`."""
 
     def __init__(self, config, dataset, device="cpu", precision="fp32"):
-        self.config, self.dataset = config, dataset
         self.device, self.precision = torch.device(device), precision
+        if self.device.type == "cuda":
+            if precision != "fp32":  # TF32 for the little that is not half as long
+                torch.set_float32_matmul_precision("high")
+            free, _ = torch.cuda.mem_get_info(self.device)
+            if 4 * dataset.train.nbytes < free:  # so that no batch has to travel
+                dataset = dataclasses.replace(dataset, train=dataset.train.to(self.device))
+        self.config, self.dataset = config, dataset
         self.step, self.seconds, self.best = 0, 0.0, None
         self.averaged = None  # the step at which the EMA model's statistics were recomputed
         torch.manual_seed(config.seed)
@@ -50,6 +57,8 @@ class Trainer:
         if dataset.is_image:
             self.model.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if config.compile:
+            self.model.network.compile(dynamic=False)
         blocks = [m for m in self.model.modules() if isinstance(m, Block)]
         hidden = [w for b in blocks for w in b.normalised_weights()]
         self.matrices = [] if config.optimizer == "adamw" else [(w, as_matrix(w)) for w in hidden]
@@ -71,7 +80,7 @@ class Trainer:
         ]
         if self.matrices:
             matrices = [matrix for _, matrix in self.matrices]
-            self.optimizers.append(torch.optim.Muon(matrices, weight_decay=0.0))
+            self.optimizers.append(Muon(matrices))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def describe(self):
@@ -128,7 +137,8 @@ class Trainer:
         for i in range(config.grad_accumulation):
             batch = self.step * config.grad_accumulation + i
             with part("batch"):
-                torch.manual_seed(draw_seed(config.seed, batch))  # dropout is positional, too
+                if config.dropout:  # it is positional, too
+                    torch.manual_seed(draw_seed(config.seed, batch))
                 x0, label = self.training_batch(batch, config.batch_size, config.noise_draws)
             total = total + self.backward(x0, label, batch) / config.grad_accumulation
         with part("optimiser"):
@@ -136,6 +146,7 @@ class Trainer:
         items = self.step * config.grad_accumulation * config.batch_size
         return items / len(self.dataset.train), total, norm, lr
 
+    @torch.no_grad()
     def update(self):
         """Move the weights by their gradients, and their average after them -> the gradients' norm,
         0-d."""

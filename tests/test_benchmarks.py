@@ -124,9 +124,9 @@ class MadeUp(peer_recipes.Diffusers):
 
 
 def test_the_recipe_of_a_peer(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(peer_recipes.PEERS, "diffusers", MadeUp)
+    monkeypatch.setitem(peer_recipes.PEERS["mnist"], "diffusers", MadeUp)
     monkeypatch.setattr(sys, "__stdout__", sys.stdout)
-    np.save(tmp_path / "train.npy", np.zeros((10, 28, 28), np.uint8))
+    np.save(tmp_path / "train.npy", np.zeros((10, 1, 28, 28), np.uint8))
     flags = ["--pictures", tmp_path / "train.npy", "--out", tmp_path, "--samples", 3]
     peer_recipes.main(["diffusers", *map(str, flags), "--at", "0.001", "0.002"])
     first, second = map(json.loads, capsys.readouterr().out.splitlines())
@@ -180,15 +180,16 @@ def test_a_peer_that_cannot_be_installed(compare, monkeypatch, capsys):
 def test_a_peer_that_nobody_knows(compare, capsys):
     with pytest.raises(SystemExit, match="2"):
         compare("--only", "ours")
-    assert "invalid choice: 'ours'" in capsys.readouterr().err
+    assert "--only ours: for mnist there are diffusers, lucidrains" in capsys.readouterr().err
 
 
 def test_time_to_quality_of_ours(folder):
     flags = ["--dataset", "digits", "--only", "--ours", 0.01, "--samples", 60, "--out", "time"]
     out = python("benchmarks/time_to_quality.py", *flags, cwd=folder)
-    (row,) = json.loads((folder / "time" / "time_to_quality.json").read_text())["rows"]
-    assert row["who"] == "ours"
+    rows = json.loads((folder / "time" / "time_to_quality.json").read_text())["rows"]
+    row, fewer = rows
+    assert (row["who"], fewer["who"]) == ("ours, 20 steps", "ours, 10 steps")
     assert row["pictures_per_second"] > 0
     assert f"{row['frechet']['samples']['value']:.3f} ±" in out
-    names = {"ours-0.01.png", "time_to_quality.png", "time_to_quality.json"}
+    names = {"samples.png", "time_to_quality.png", "time_to_quality.json"}
     assert names <= {path.name for path in (folder / "time").iterdir()}

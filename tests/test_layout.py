@@ -10,7 +10,7 @@ from conftest import ROOT
 ORDER = [
     *("schedule", "forward", "network", "model", "loss", "guidance", "reverse", "likelihood"),
     *("quality", "pictures", "data", "editing", "config", "device", "checkpoint"),
-    *("profiling", "training"),
+    *("profiling", "muon", "training"),
     *("features", "figures", "evaluation", "report", "output", "run"),
 ]
 

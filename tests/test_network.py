@@ -113,3 +113,17 @@ def test_levels_beyond_all_bounds_are_finite():
     network = reverse_network((2,), width=16, depth=1, init="default").eval()
     level = torch.tensor([float("inf"), -float("inf"), 1e9])
     assert network(torch.randn(3, 2), level).isfinite().all()
+
+
+def test_an_item_with_a_label_is_the_same_alone():
+    """Of one level for all the modulation goes into the weights, but not where labels differ."""
+    network = reverse_network((1, 8, 8), width=8, depth=1, norm="none", classes=3, init="default")
+    network.eval()
+    x, level, label = torch.randn(3, 1, 8, 8), torch.tensor(0.5), torch.arange(3)
+    embeddings = []
+    network.embedding.register_forward_hook(lambda *args: embeddings.append(args[-1].shape))
+    for named in (label, None):
+        whole = network(x, level.expand(3), named)
+        alone = network(x[:1], level.expand(1), None if named is None else named[:1])
+        torch.testing.assert_close(alone, whole[:1], rtol=1e-5, atol=1e-6)
+    assert embeddings == [(3, 32), (1, 32), (32,), (32,)]

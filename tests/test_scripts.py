@@ -612,7 +612,9 @@ def test_every_option_is_run_by_some_test(script, capsys):
     options = {"--" + word[2:].replace("-", "_") for word in found} - {"--help"}
     lines = {"train": TRAIN_LINES, "generate": GENERATE_LINES, "evaluate": EVALUATE_LINES}[script]
     elsewhere = {
-        "train": {"--batch_size", "--resume", "--dry_run", "--max_steps", "--profile"},
+        "train": {
+            *("--batch_size", "--resume", "--dry_run", "--max_steps", "--profile", "--compile"),
+        },
         "generate": {"--checkpoint", "--num_samples", "--format", "--out", "--noise"},
         "evaluate": {
             *("--checkpoint", "--num_samples", "--test_items", "--exact_items", "--out"),

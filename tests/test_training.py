@@ -163,6 +163,7 @@ def test_ema_is_the_recurrence():
         ]
     for e, p in zip(expected, trainer.ema.parameters(), strict=True):
         torch.testing.assert_close(e, p)
+        assert not p.requires_grad  # else the graph of all steps would grow behind it
 
 
 def test_accumulated_batches_are_one_large_batch_without_batchnorm():
@@ -328,7 +329,8 @@ def test_memory_counts_what_a_step_keeps():
 @pytest.mark.parametrize("name", ["digits", "moons"])
 def test_a_model_made_ready_for_sampling_denoises_alike(name, norm):
     """float32: to rounding, a 2^-23 of the range a layer; bfloat16, of 8 bits: to a twentieth."""
-    trainer = trainer_for(name, norm=norm, init="default")
+    attention = {"attention": [4]} if name == "digits" else {}
+    trainer = trainer_for(name, norm=norm, init="default", **attention)
     model = trainer.average()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -351,4 +353,10 @@ def test_a_model_made_ready_for_sampling_denoises_alike(name, norm):
             assert norm != "batch" or not torch.equal(after, before)
             again = ready.prepare_for_sampling(dtype).denoise(xt, log_snr)
             assert torch.equal(again, after)
+            for level in (-6.0, 0.0, 6.0):  # one for all, as samplers have it
+                each = torch.full((64,), level)
+                one = ready.denoise(xt, torch.tensor(level).expand(64))
+                assert (one - model.denoise(xt, each)).abs().max() < tolerance
+                fewer = ready.denoise(xt[:2], torch.tensor(level).expand(2))
+                assert (fewer - one[:2]).abs().max() < tolerance
         torch.testing.assert_close(model.denoise(xt, log_snr), before)  # a copy was made ready
