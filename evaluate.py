@@ -117,6 +117,7 @@ def main(args):
     beside = first.with_name(f"{first.stem}-evaluation")
     out = output.free(Path(args.out)) if args.out else output.free_path(beside)
     started, where = time.monotonic(), device.pick_device(args.device)
+    device.use_tf32(False)
     subjects, dataset = subjects_of(paths, args, where)
     metrics = evaluation.chosen(args.metrics, dataset.is_image, [s.model for s in subjects])
     with output.whole_folder(out) as folder:

@@ -78,6 +78,7 @@ def main(args):
     out, formats = output.plan(args.out, args.format, args.checkpoint)
     config.refuse((args.mc_dropout and "gif" in formats, "--mc_dropout has no --format gif"))
     where = device.pick_device(args.device)
+    device.use_tf32(False)
     model, settings, state = load_model(args.checkpoint, args.weights, where)
     guide = load_model(sampling.guide, "ema", where)[0] if sampling.guide else None
     dtype = device.sampling_dtype(sampling.precision, settings.precision, where)

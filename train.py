@@ -58,6 +58,7 @@ def main(given):
     dataset = data.load(**settings.data(), progress=tqdm)
     settings = settings.for_data(dataset)
     precision = device.pick_precision(settings.precision, where)
+    device.use_tf32(precision != "fp32")
     folder = run.folder(settings, given, source, state)
     trainer = Trainer(settings, dataset, where, precision)
     if state:
@@ -69,7 +70,7 @@ def main(given):
     if dry_run:
         print(*run.rehearse(trainer, folder), sep="\n")
     if profile:
-        print(*run.profile(trainer), "nothing was written", sep="\n")
+        print(*run.profile(trainer), sep="\n")
     if dry_run or profile:
         return 0
 

@@ -19,6 +19,7 @@ import numpy as np
 import peers
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ddp import config, figures
@@ -105,6 +106,9 @@ def draw(rows):
     floor = rows[0]["frechet"]["floor"]["value"]
     axes.axhline(floor, color="grey", linestyle=":", label="floor: real items")
     axes.set(xlabel="minutes of training", ylabel="Frechet distance, judge")
+    minutes = sorted({row["minutes"] for row in rows})
+    axes.set_xticks(minutes, [f"{m:g}" for m in minutes])
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure

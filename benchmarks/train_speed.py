@@ -166,6 +166,8 @@ def main():
     settings = config.Config(**given)
     found = about(device.pick_device(settings.device))
     dataset = data.load(**settings.data(), progress=tqdm)
+    if settings.compile:
+        raise ValueError("--compile: expected the network as it is, layer by layer")
     if not dataset.is_image:
         raise ValueError(f"--dataset {settings.dataset}: expected pictures")
     settings = settings.for_data(dataset)

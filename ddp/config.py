@@ -29,7 +29,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 # What is chosen for the data where no flag says otherwise; `pictures` serves every other image
 # dataset. Deep and narrow won over wide at equal cost; widths are multiples of 16, to which kernels
-# pad; the few digits gain from noisy copies of each item. Measured: docs/training.md.
+# pad; the few digits gain from noisy copies of each item.
 PRESETS = {
     "digits": {"width": 16, "depth": 4, "multipliers": [2, 3], "patch": 1, "noise_draws": 2},
     "mnist": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
@@ -126,7 +126,7 @@ class Config:
     seed: int = flag(0, "the run is a function of it", at_least=0, at_most=2**32 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "arithmetic of the network in training", choices=PRECISIONS)
-    compile: bool = flag(False, "by torch.compile, a minute that pays in long runs")
+    compile: bool = flag(False, "by torch.compile: slow to start, then faster")
     # the run
     name: str = flag(None, "name of the run (default: the dataset's)", str)
     out_dir: str = flag("checkpoints", "where runs are written")

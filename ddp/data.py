@@ -122,7 +122,7 @@ class Dataset:
             mine = epoch == e
             items[mine] = order(seed, e, len(self.train))[place[mine]]
         label = None if self.train_labels is None else self.train_labels[items]
-        return to_float(self.train[items]), label
+        return to_float(self.train[items.to(self.train.device, non_blocking=True)]), label
 
 
 @functools.lru_cache(maxsize=2)

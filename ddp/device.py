@@ -42,6 +42,13 @@ def pick_precision(name, device):
     return name
 
 
+def use_tf32(allowed):
+    """Whether products of float32 on a CUDA GPU may round their factors to TF32's 10 bits."""
+    precision = "tf32" if allowed else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision
+
+
 def sampling_dtype(name, trained_in, device):
     """The torch.dtype in which a model that samples holds its weights. name: fp32, bf16, or None:
     fp32 if it was trained in that by choice, else the fastest here."""

@@ -11,9 +11,9 @@ ITERATIONS = 5
 
 
 def orthogonal(matrices):
-    """(K, M, N) -> the nearest matrices with orthonormal rows (or columns, if M > N), roughly: all
-    singular values become 0.7 to 1.2. Newton-Schulz iteration; Jordan et al. 2024, "Muon: an
-    optimizer for hidden layers in neural networks"."""
+    """(K, M, N) -> the nearest matrices with orthonormal rows (or columns, if M > N), roughly:
+    singular values become 0.7 to 1.2, but the smallest. Newton-Schulz iteration; Jordan et al.
+    2024, "Muon: an optimizer for hidden layers in neural networks"."""
     a, b, c = QUINTIC
     x = matrices.bfloat16() if has_fast_bf16(matrices.device) else matrices.float()
     tall = x.shape[1] > x.shape[2]
@@ -25,24 +25,33 @@ def orthogonal(matrices):
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-class Muon(torch.optim.Optimizer):
-    """The step of torch.optim.Muon, with Nesterov's momentum and no weight decay, for many small
-    matrices (M, N): those of one shape are made orthogonal in one go, about three times faster."""
+def as_matrix(weight):
+    """A view of a weight (out, in, ...) as (out, N): what a channels-last convolution multiplies
+    by."""
+    return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).view(len(weight), -1)
 
-    def __init__(self, matrices, lr=1e-3, momentum=0.95):
-        super().__init__(matrices, {"lr": lr, "momentum": momentum})
+
+class Muon(torch.optim.Optimizer):
+    """The step of torch.optim.Muon, with Nesterov's momentum and no weight decay, for the
+    weights of linear layers and of convolutions in channels-last: those of one shape are made
+    orthogonal in one go (docs/performance.md), in float32 where bfloat16 is slow."""
+
+    def __init__(self, weights, lr=1e-3, momentum=0.95):
+        super().__init__(weights, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             alike = {}
-            for matrix in group["params"]:
-                if not self.state[matrix]:
-                    self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
-                alike.setdefault(matrix.shape, []).append(matrix)
-            for (rows, columns), matrices in alike.items():
-                gradients = [matrix.grad for matrix in matrices]
-                moments = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+            for weight in group["params"]:
+                matrix, gradient = as_matrix(weight), as_matrix(weight.grad)
+                state = self.state[weight]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(gradient)
+                trio = matrix, gradient, state["momentum_buffer"]
+                alike.setdefault(matrix.shape, []).append(trio)
+            for (rows, columns), trios in alike.items():
+                matrices, gradients, moments = zip(*trios, strict=True)
                 torch._foreach_lerp_(moments, gradients, 1 - group["momentum"])
                 ahead = torch._foreach_lerp(gradients, moments, group["momentum"])
                 steps = orthogonal(torch.stack(ahead)).unbind()

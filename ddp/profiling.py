@@ -10,9 +10,9 @@ PARTS = ("batch", "forward", "backward", "optimiser", "the rest")
 KINDS = {  # words in the names of PyTorch's operations, the first that matches
     "convolutions": ("conv",),
     "matrix products": ("mm", "linear", "attention"),
-    "normalisation": ("norm",),
+    "normalisation": ("batch_norm", "group_norm"),
     "activations": ("relu", "silu", "dropout"),
-    "sums and products": ("add", "mul", "sub", "div", "sum", "lerp", "sqrt"),
+    "sums and products": ("add", "mul", "sub", "div", "sum", "lerp", "sqrt", "norm"),
     "copies": ("copy", "cat", "fill", "zero", "empty", "index", "shuffle"),
 }
 OTHER = "the rest"
@@ -25,14 +25,16 @@ def part(name):
 
 
 def kind_of(name):
-    words = name.removeprefix("aten::").lower()
-    return next((kind for kind, parts in KINDS.items() if any(w in words for w in parts)), OTHER)
+    kinds = KINDS.items() if name.startswith("aten::") else ()
+    return next((kind for kind, parts in kinds if any(w in name for w in parts)), OTHER)
 
 
 def part_of(event):
     while event is not None:
         if event.name.startswith("part "):
             return event.name.removeprefix("part ")
+        if event.name.startswith("autograd::engine::evaluate_function"):
+            return "backward"  # on a GPU in a thread of its own
         event = event.cpu_parent
     return OTHER
 
@@ -57,6 +59,8 @@ def measure(step, count, device):
         wait()
     spent = collections.Counter()
     for event in profiler.events():
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel, whose time is also that of the operation that launched it
         own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         spent[kind_of(event.name), part_of(event)] += own
     total = sum(spent.values())

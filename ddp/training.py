@@ -20,20 +20,11 @@ from ddp.profiling import part
 STATISTICS_BATCHES = 8  # of STATISTICS_ITEMS each, to recompute BatchNorm's statistics
 STATISTICS_ITEMS = {True: 512, False: 8192}  # is_image: a picture has many positions, a point one
 # Muon's step in units of --lr. A normalisation cancels the scale of the weights before it, so only
-# the step relative to their size counts (van Laarhoven 2017). Measured: docs/training.md.
+# the step relative to their size counts (van Laarhoven 2017).
 MUON_LR = 320.0
 SCHEDULE_LR = 30.0  # a learned schedule's step in units of --lr: its ends are tens of nats apart
 ENDS_ITEMS = 64  # of a batch, on which the ends of a learned schedule are trained
 TEST_ITEMS, TEST_BATCH = 2000, 500
-
-
-def as_matrix(weight):
-    """A view of a weight (out, in, ...) as (out, N): what a channels-last convolution multiplies
-    by.
-
-    It must share memory: Muon writes its steps through it."""
-    weight = weight.detach()
-    return weight if weight.ndim == 2 else weight.permute(0, 2, 3, 1).view(len(weight), -1)
 
 
 class Trainer:
@@ -43,8 +34,6 @@ class Trainer:
     def __init__(self, config, dataset, device="cpu", precision="fp32"):
         self.device, self.precision = torch.device(device), precision
         if self.device.type == "cuda":
-            if precision != "fp32":  # TF32 for the little that is not half as long
-                torch.set_float32_matmul_precision("high")
             free, _ = torch.cuda.mem_get_info(self.device)
             if 4 * dataset.train.nbytes < free:  # so that no batch has to travel
                 dataset = dataclasses.replace(dataset, train=dataset.train.to(self.device))
@@ -61,8 +50,8 @@ class Trainer:
             self.model.network.compile(dynamic=False)
         blocks = [m for m in self.model.modules() if isinstance(m, Block)]
         hidden = [w for b in blocks for w in b.normalised_weights()]
-        self.matrices = [] if config.optimizer == "adamw" else [(w, as_matrix(w)) for w in hidden]
-        taken = {id(weight) for weight, _ in self.matrices}
+        hidden = [] if config.optimizer == "adamw" else hidden
+        taken = {id(weight) for weight in hidden}
         plain = [p for p in self.model.network.parameters() if id(p) not in taken]
         groups, self.scales = [{"params": plain}], [1.0, MUON_LR]
         if list(self.model.schedule.parameters()):
@@ -78,9 +67,8 @@ class Trainer:
                 fused=self.device.type in ("cpu", "cuda"),
             )
         ]
-        if self.matrices:
-            matrices = [matrix for _, matrix in self.matrices]
-            self.optimizers.append(Muon(matrices))
+        if hidden:
+            self.optimizers.append(Muon(hidden))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def describe(self):
@@ -100,7 +88,7 @@ class Trainer:
         """log_snr and weight, each (count,), keyed by (seed, stream, step); see Schedule.levels."""
         u = uniform(self.config.seed, stream, step, torch.arange(count))
         log_snr, weight = model.schedule.levels(u, self.config.weighting == "bound")
-        return log_snr.to(self.device), weight.to(self.device)
+        return tuple(v.to(self.device, non_blocking=True) for v in (log_snr, weight))
 
     def unweighted(self, model, x0, label, log_snr, step, stream):
         """The loss of each item, (B,), at log_snr (B,), before the weight of its level is drawn."""
@@ -150,8 +138,6 @@ class Trainer:
     def update(self):
         """Move the weights by their gradients, and their average after them -> the gradients' norm,
         0-d."""
-        for weight, matrix in self.matrices:
-            matrix.grad = as_matrix(weight.grad)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         limit = self.config.grad_clip or float("inf")
