@@ -26,6 +26,8 @@ def expand(level, x):
 
 def alpha_sigma(log_snr, x):
     """alpha and sigma at log_snr, (B,) or 0-d, ready to multiply x (B, *event)."""
+    if log_snr.ndim and log_snr.stride(0) == 0:
+        log_snr = log_snr[0]  # one level for all: the last bit of a sigmoid depends on how many
     log_snr = expand(log_snr, x)
     return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
 

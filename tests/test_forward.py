@@ -115,3 +115,11 @@ def test_diffuse_at_the_ends():
     mean, variance = forward.posterior(x0, eps, torch.zeros(3), clean)
     assert torch.equal(mean, x0)
     assert not variance.any()
+
+
+def test_a_level_for_all_does_not_depend_on_how_many():
+    for level in torch.linspace(-8, 8, 200):
+        whole = forward.alpha_sigma(level.expand(64), torch.zeros(64, 2))
+        alone = forward.alpha_sigma(level.expand(1), torch.zeros(1, 2))
+        for a, b in zip(whole, alone, strict=True):
+            assert torch.equal((a + torch.zeros(64, 1))[:1], b + torch.zeros(1, 1))
