@@ -132,8 +132,6 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     known = list(peers.PEERS.get(args.dataset, {}))
     args.only = known if args.only is None else args.only
-    if unknown := set(args.only) - set(known):
-        parser.error(f"--only {' '.join(sorted(unknown))}: there are {', '.join(known) or 'none'}")
     if args.only:
         peers.parse(flags_of_peers(args))  # refused before anything is trained
     if args.reuse and not (args.out / "peers" / "peers.json").exists():

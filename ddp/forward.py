@@ -24,11 +24,15 @@ def expand(level, x):
     return level if level.ndim == 0 else level.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def once(log_snr):
+    """log_snr (B,), or 0-d where that is one level that was expanded: then what follows from it is
+    computed once, and does not depend on B by the last bit, which that of a sigmoid does."""
+    return log_snr[0] if log_snr.ndim and log_snr.stride(0) == 0 else log_snr
+
+
 def alpha_sigma(log_snr, x):
     """alpha and sigma at log_snr, (B,) or 0-d, ready to multiply x (B, *event)."""
-    if log_snr.ndim and log_snr.stride(0) == 0:
-        log_snr = log_snr[0]  # one level for all: the last bit of a sigmoid depends on how many
-    log_snr = expand(log_snr, x)
+    log_snr = expand(once(log_snr), x)
     return log_snr.sigmoid().sqrt(), (-log_snr).sigmoid().sqrt()
 
 

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ddp.forward import once
+
 ACTIVATIONS = {
     "leaky_relu": lambda slope: nn.LeakyReLU(slope, inplace=True),
     "relu": lambda slope: nn.ReLU(inplace=True),
@@ -138,8 +140,8 @@ class Attention(nn.Module):
 
 
 class LevelEmbedding(nn.Module):
-    """log_snr (B,) and label (B,) or None -> (B, width), or (width,) in eval mode where log_snr is
-    one level that was expanded to (B,). The last row of the label table means "no label"."""
+    """log_snr (B,) and label (B,) or None -> (B, width), or (width,) where it is the same for all:
+    one level, expanded, and no labels. The last row of the label table means "no label"."""
 
     def __init__(self, width, activation, classes=0):
         super().__init__()
@@ -154,14 +156,13 @@ class LevelEmbedding(nn.Module):
             self.label = nn.Embedding(classes + 1, 2 * (width // 4))
 
     def forward(self, log_snr, label=None):
-        is_one = not self.training and label is None and log_snr.stride(0) == 0
-        log_snr = log_snr[:1] if is_one else log_snr
-        angle = log_snr.clamp(-MAX_LOG_SNR, MAX_LOG_SNR)[:, None] * self.frequencies
-        features = torch.cat([angle.sin(), angle.cos()], dim=1)
+        log_snr = once(log_snr)
+        angle = log_snr.clamp(-MAX_LOG_SNR, MAX_LOG_SNR)[..., None] * self.frequencies
+        features = torch.cat([angle.sin(), angle.cos()], dim=-1)
         if self.classes:
             none = torch.full_like(log_snr, self.classes, dtype=torch.long)
             features = features + self.label(none if label is None else label)
-        return self.mlp(features)[0] if is_one else self.mlp(features)
+        return self.mlp(features)
 
 
 class UNet(nn.Module):

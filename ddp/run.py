@@ -164,7 +164,7 @@ def profile(trainer):
     """Where the time of a training step goes, as lines of text."""
     found = profiling.measure(lambda: trainer.train_step(0.0), PROFILED, trainer.device)
     items = trainer.config.batch_size * trainer.config.grad_accumulation
-    return [*profiling.lines(*found, items), "nothing was trained"]
+    return [*profiling.lines(*found, items), "no checkpoint was written"]
 
 
 class Run:

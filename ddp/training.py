@@ -49,8 +49,8 @@ class Trainer:
         if config.compile:
             self.model.network.compile(dynamic=False)
         blocks = [m for m in self.model.modules() if isinstance(m, Block)]
-        hidden = [w for b in blocks for w in b.normalised_weights()]
-        hidden = [] if config.optimizer == "adamw" else hidden
+        by_muon = blocks if config.optimizer == "muon" else []
+        hidden = [w for b in by_muon for w in b.normalised_weights()]
         taken = {id(weight) for weight in hidden}
         plain = [p for p in self.model.network.parameters() if id(p) not in taken]
         groups, self.scales = [{"params": plain}], [1.0, MUON_LR]

@@ -1,5 +1,6 @@
 """The programs that measure run, and write what they print."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from ddp import data, editing
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import peer_recipes
 import peers
+import time_to_quality
 
 TINY = ["--width", "8", "--depth", "1", "--batch_size", "16", "--max_steps", "3"]
 
@@ -137,6 +139,31 @@ def test_the_recipe_of_a_peer(tmp_path, monkeypatch, capsys):
     assert items.max() == 255
 
 
+class Learner(MadeUp):
+    """A peer whose weight is 0 in its first step and 1 after it, and which draws its weight."""
+
+    def __init__(self, feed):
+        super().__init__(feed)
+        self.network = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(self.network.weight)
+
+    def step(self):
+        self.network(torch.ones(1, 1)).sum().backward()
+        torch.nn.init.ones_(self.network.weight)
+
+    def draw(self, count, sampler, steps):
+        return self.network(torch.ones(count * 784, 1)).reshape(count, 1, 28, 28)
+
+
+def test_a_peer_in_bf16_draws_by_what_it_has_learned(tmp_path, monkeypatch):
+    monkeypatch.setitem(peer_recipes.PEERS["mnist"], "diffusers", Learner)
+    np.save(tmp_path / "train.npy", np.zeros((10, 1, 28, 28), np.uint8))
+    flags = ["--pictures", tmp_path / "train.npy", "--out", tmp_path, "--samples", 2]
+    peer_recipes.main(["diffusers", *map(str, flags), "--at", "0.0001", "--bf16"])
+    items, _ = editing.load_samples(tmp_path / "0.0001.npz", (1, 28, 28))
+    assert (items == 255).all()
+
+
 @pytest.fixture
 def compare(tmp_path, monkeypatch):
     """Runs benchmarks/peers.py on made-up pictures -> its exit code."""
@@ -181,6 +208,28 @@ def test_a_peer_that_nobody_knows(compare, capsys):
     with pytest.raises(SystemExit, match="2"):
         compare("--only", "ours")
     assert "--only ours: for mnist there are diffusers, lucidrains" in capsys.readouterr().err
+
+
+def test_rows_of_peers_are_taken_as_they_lie(tmp_path, capsys):
+    flags = ["--ours", "--reuse", "--only", "lucidrains", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2"):
+        time_to_quality.main(flags)
+    assert "--reuse: there is no" in capsys.readouterr().err
+    keys = ("minutes", "file", "pictures_per_second", "seconds_per_sample", "sampler", "recipe")
+    rows = [{"peer": peer} | dict.fromkeys(keys, 1) for peer in ("diffusers", "lucidrains")]
+    table = tmp_path / "peers" / "peers.json"
+    table.parent.mkdir()
+    table.write_text(json.dumps({"rows": rows}))
+    args = argparse.Namespace(out=tmp_path, only=["lucidrains"], reuse=True)
+    assert list(time_to_quality.theirs(args)) == [{"who": "lucidrains"} | dict.fromkeys(keys, 1)]
+
+
+def test_what_peers_refuse_is_refused_before_ours_train(tmp_path, capsys):
+    for flags in (["--minutes", "-1"], ["--only", "ours"], ["--at", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            time_to_quality.main([*flags, "--out", str(tmp_path / "out")])
+        assert flags[0] in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_time_to_quality_of_ours(folder):

@@ -22,6 +22,7 @@ from conftest import ROOT
 from PIL import Image
 
 from ddp import checkpoint, reverse
+from ddp.config import verdict
 from ddp.data import load as load_data
 from ddp.guidance import CLIPS
 from ddp.schedule import SPACINGS
@@ -558,6 +559,19 @@ def given(trained, pictures):
     np.save(trained / "mask.npy", np.arange(64).reshape(8, 8) >= 32)
     paths = {"array": trained / "array.npy", "mask": trained / "mask.npy", "pictures": pictures}
     return {**paths, "run": trained / "digits" / "last.pth"}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_is_a_run_like_others(tmp_path):
+    run("train.py", *TINY, "--max_steps", 2, "--compile", cwd=tmp_path)
+    folder = tmp_path / "checkpoints" / "digits"
+    assert checkpoint.read(folder / "last.pth")["config"]["compile"]
+    run("generate.py", "--checkpoint", folder / "model.pth", "--num_samples", 4, cwd=tmp_path)
+
+
+def test_a_compiler_that_does_not_work_is_one_line():
+    code, line = verdict(torch._dynamo.exc.InternalTorchDynamoError("no\ncompiler"))
+    assert (code, line) == (1, "error: --compile does not work here (no compiler); leave it out")
 
 
 @pytest.mark.parametrize("line", TRAIN_LINES)
