@@ -12,7 +12,7 @@ from ddp.loss import DISTANCES, WEIGHTINGS
 from ddp.model import PREDICTIONS
 from ddp.network import ACTIVATIONS, INITS, NORM_NAMES
 from ddp.reverse import CHURNABLE, SAMPLERS, STOCHASTIC
-from ddp.schedule import LEVELS, SCHEDULES, SPACINGS
+from ddp.schedule import LEVELS, NORMAL, SCHEDULES, SPACINGS
 
 LR_SCHEDULES = {  # progress in [0, 1] -> the share of --lr
     "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
@@ -29,13 +29,14 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 # What is chosen for the data where no flag says otherwise; `pictures` serves every other image
 # dataset. Deep and narrow won over wide at equal cost; widths are multiples of 16, to which kernels
-# pad; the few digits gain from noisy copies of each item.
+# pad; the few digits gain from noisy copies of each item, and nothing from normal levels.
+CHOSEN = ("width", "depth", "multipliers", "patch", "noise_draws", "levels")
 PRESETS = {
-    "digits": {"width": 16, "depth": 4, "multipliers": [2, 3], "patch": 1, "noise_draws": 2},
-    "mnist": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
-    "fashion_mnist": {"width": 32, "depth": 4, "multipliers": [1, 2], "patch": 2, "noise_draws": 1},
-    "pictures": {"width": 32, "depth": 3, "multipliers": [1, 2, 2], "patch": 2, "noise_draws": 1},
-    "points": {"width": 128, "depth": 4, "multipliers": [1], "patch": 1, "noise_draws": 8},
+    "digits": (16, 4, [2, 3], 1, 2, "stratified"),
+    "mnist": (32, 4, [1, 2], 2, 1, "normal"),
+    "fashion_mnist": (32, 4, [1, 2], 2, 1, "normal"),
+    "pictures": (32, 3, [1, 2, 2], 2, 1, "normal"),
+    "points": (128, 4, [1], 1, 8, "stratified"),
 }
 
 
@@ -85,7 +86,9 @@ class Config:
         1.0, "more noise, for pictures so many times larger", at_least=1e-3, at_most=1e3
     )
     zero_terminal_snr: bool = flag(False, "make the last noise level noise alone")
-    levels: str = flag("stratified", "how training draws noise levels", choices=LEVELS)
+    levels: str = flag(
+        None, "how training draws noise levels (default: what suits the data)", str, LEVELS
+    )
     # the reverse network
     width: int = flag(None, "channels of the first resolution", int, at_least=8, at_most=4096)
     depth: int = flag(None, "blocks in each resolution", int, at_least=1, at_most=64)
@@ -149,6 +152,8 @@ class Config:
         if self.weighting is None:
             self.weighting = "bound" if learned else SUITING[self.predict]
         zero, bound = self.zero_terminal_snr, self.weighting == "bound"
+        if self.levels is None and (bound or self.schedule != Config.schedule):
+            self.levels = "stratified"  # a schedule that was chosen says what is drawn
         hides = self.label_dropout != Config.label_dropout
         slopes = self.negative_slope != Config.negative_slope
         refuse(
@@ -165,7 +170,8 @@ class Config:
             (zero and self.predict == "eps", "--zero_terminal_snr: eps is no --predict for it"),
             (zero and self.timesteps == 1, "--zero_terminal_snr: one step cannot be both ends"),
             (zero and bound, "--weighting bound is infinite with --zero_terminal_snr"),
-            (bound and self.levels == "log_normal", "--levels log_normal: bound weighs the levels"),
+            (zero and self.levels == "log_normal", "--levels log_normal leaves out the last level"),
+            (bound and self.levels in NORMAL, f"--levels {self.levels}: bound weighs the levels"),
         )
 
     def network(self):
@@ -191,7 +197,8 @@ class Config:
                 raise ValueError(
                     "--attention, --patch and --multipliers are for images, not points"
                 )
-        missing = {k: v for k, v in PRESETS[kind].items() if getattr(self, k) is None}
+        preset = dict(zip(CHOSEN, PRESETS[kind], strict=True))
+        missing = {k: v for k, v in preset.items() if getattr(self, k) is None}
         if kind == "points" and self.precision == "auto":
             missing["precision"] = "fp32"  # bf16 tells no nearer points apart than 1/128
         return dataclasses.replace(self, **missing)

@@ -17,7 +17,9 @@ from torch import nn
 TIME_MARGIN = 1e-3
 MAX_BETA = 0.999  # Nichol & Dhariwal 2021, section 3.2: no single step may destroy everything
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # of sigma / alpha. Karras et al. 2022, table 1
-LN_SIGMA_MEAN, LN_SIGMA_SD = -1.2, 1.2  # the same table: the levels that EDM trains on
+# Levels to train on, normal in log-SNR: mean, standard deviation, and the share spread over t all
+# the same, so that the network knows every level. The second is EDM's (the same table).
+NORMAL = {"normal": (-1.0, 2.4, 1 / 32), "log_normal": (2.4, 2.4, 0.0)}
 SAMPLED_SNR = SIGMA_MAX**-2  # noisier levels need no steps of their own: all is noise there
 BINS = 64  # of t, in which importance sampling measures the loss
 
@@ -68,7 +70,7 @@ SCHEDULES = {
     "learned": None,
 }
 SPACINGS = ("trailing", "uniform", "log_snr", "karras")
-LEVELS = ("stratified", "uniform", "log_normal", "importance")
+LEVELS = ("stratified", "uniform", "importance", *NORMAL)
 
 
 def betas(name, timesteps):
@@ -189,16 +191,21 @@ class Schedule(nn.Module):
         Item i takes t = (i + u_i) / B: stratified, so every batch covers the whole process and the
         loss varies less from batch to batch (Kingma et al. 2021, appendix I.1); `uniform` takes
         u_i. `importance` takes t in proportion to the measured root mean square of the loss (Nichol
-        & Dhariwal 2021, eq. 18). `log_normal` levels are EDM's, and mean another objective."""
-        t = u.double()
-        if self.sampling != "uniform":
-            t = (torch.arange(len(u)) + t) / len(u)
-        if self.sampling == "log_normal":
-            log_snr = -2 * (LN_SIGMA_MEAN + LN_SIGMA_SD * torch.special.ndtri(t.clamp(1e-6)))
+        & Dhariwal 2021, eq. 18). `normal` and `log_normal` (EDM's; Karras et al. 2022, table 1)
+        draw log_snr from a normal distribution, shifted as the schedule is, and so weigh the levels
+        anew."""
+        u = u.double()
+        mean, sd, spread = NORMAL.get(self.sampling, (0.0, 0.0, 1.0))
+        by_t = u < spread
+        u = torch.where(by_t, u / max(spread, 1e-9), (u - spread) / max(1 - spread, 1e-9))
+        t = u if self.sampling == "uniform" else (torch.arange(len(u)) + u) / len(u)
+        if self.sampling in NORMAL:
+            log_snr = mean - self.offset - sd * torch.special.ndtri(t.clamp(1e-6))
             if self.table is None:
                 log_snr = log_snr.clamp(*(self.log_snr(s) for s in (1.0, 0.0)))
             else:
                 log_snr = self.table[(log_snr[:, None] - self.table).abs().argmin(dim=1)]
+            log_snr = torch.where(by_t, self.log_snr(t), log_snr)
             return log_snr.float(), torch.ones(len(u))
         weight = torch.ones_like(t)
         if self.sampling == "importance":

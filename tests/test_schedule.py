@@ -141,13 +141,53 @@ def draws(count, seed=0):
 
 @pytest.mark.parametrize("timesteps", [0, 1000])
 def test_log_normal_levels_are_edms(timesteps):
-    levels, _ = Schedule("karras", timesteps, sampling="log_normal").levels(draws(20000))
+    levels, weight = Schedule("karras", timesteps, sampling="log_normal").levels(draws(20000))
     ln_sigma = -levels / 2
     assert ln_sigma.mean().item() == pytest.approx(-1.2, abs=0.01)
     assert ln_sigma.std().item() == pytest.approx(1.2, abs=0.02)
     clean, noisy = (Schedule("karras", timesteps).log_snr(t) for t in (0.0, 1.0))
     assert (levels <= clean + 1e-4).all()
     assert (levels >= noisy - 1e-4).all()
+    assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("timesteps", [0, 1000])
+def test_normal_levels_are_normal_but_for_a_share_that_is_spread_over_t(timesteps):
+    """Their distribution function, against that of the two shares that they are made of."""
+    levels, weight = Schedule("cosine", timesteps, sampling="normal").levels(draws(20000))
+    spread, _ = Schedule("cosine", timesteps).levels(draws(20000))
+    for level in range(-9, 10):
+        below = torch.special.ndtr(torch.tensor((level + 1.0) / 2.4)).item()
+        expected = 31 / 32 * below + (spread <= level).float().mean().item() / 32
+        assert (levels <= level).float().mean().item() == pytest.approx(expected, abs=0.01), level
+    assert (weight == 1).all()
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_normal_levels_of_small_batches_are_normal_too(size):
+    schedule = Schedule("cosine", 0, sampling="normal")
+    levels = torch.cat([schedule.levels(draws(size, step))[0] for step in range(4000 // size)])
+    below = torch.special.ndtr(torch.tensor([-1.0, 0.0, 1.0])) * 31 / 32
+    spread, _ = Schedule("cosine", 0).levels(draws(20000))
+    for level, share in zip((-3.4, -1.0, 1.4), below.tolist(), strict=True):
+        expected = share + (spread <= level).float().mean().item() / 32
+        assert (levels <= level).float().mean().item() == pytest.approx(expected, abs=0.03)
+
+
+@pytest.mark.parametrize("sampling", ["normal", "log_normal"])
+def test_normal_levels_are_shifted_as_the_schedule_is(sampling):
+    levels, _ = Schedule("cosine", 0, sampling=sampling).levels(draws(20000))
+    shifted, _ = Schedule("cosine", 0, shift=3.0, sampling=sampling).levels(draws(20000))
+    assert torch.allclose(shifted, levels - 2 * math.log(3), atol=1e-3)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_normal_levels_leave_no_level_out(schedule):
+    """Sampling starts at the last level, which may be far from where the normal ones lie."""
+    schedule = Schedule(schedule, 1000, sampling="normal")
+    levels = torch.cat([schedule.levels(draws(128, step))[0] for step in range(200)])
+    assert levels.min() == schedule.table[-1].float()
+    assert levels.max() == schedule.table[0].float()
 
 
 @pytest.mark.parametrize("timesteps", [0, 10, 1000])

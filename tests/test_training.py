@@ -1,6 +1,7 @@
 """Training: exact resume, the EMA and its BatchNorm statistics, and that it learns."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,23 @@ def trainer_for(name="digits", precision="fp32", **flags):
     dataset = data.load(name)
     config = Config(dataset=name, **{**TINY, **flags}).for_data(dataset)
     return Trainer(config, dataset, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("flags", "levels"),
+    [
+        ({"dataset": "mnist"}, "normal"),
+        ({"dataset": "some/folder"}, "normal"),
+        ({"dataset": "digits"}, "stratified"),
+        ({"dataset": "digits", "levels": "normal"}, "normal"),
+        ({"dataset": "mnist", "schedule": "linear"}, "stratified"),
+        ({"dataset": "mnist", "schedule": "linear", "levels": "normal"}, "normal"),
+        ({"dataset": "mnist", "weighting": "bound"}, "stratified"),
+    ],
+)
+def test_levels_suit_the_data(flags, levels):
+    pictures = SimpleNamespace(classes=(), is_image=True)
+    assert Config(**flags).for_data(pictures).levels == levels
 
 
 def tensors(state):
@@ -48,6 +66,7 @@ def tensors(state):
         {"schedule": "learned", "grad_accumulation": 2},
         {"levels": "importance"},
         {"levels": "log_normal", "schedule": "karras", "weighting": "edm"},
+        {"levels": "normal"},
         {"predict": "flow", "schedule": "flow", "shift": 2.0, "levels": "uniform"},
         {"zero_terminal_snr": True, "weighting": "truncated_snr"},
     ],
