@@ -32,7 +32,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # pad; the few digits gain from noisy copies of each item, and nothing from normal levels.
 CHOSEN = ("width", "depth", "multipliers", "patch", "noise_draws", "levels")
 PRESETS = {
-    "digits": (16, 4, [2, 2], 1, 2, "stratified"),
+    "digits": (16, 4, [2, 3], 1, 2, "stratified"),
     "mnist": (32, 4, [1, 2], 2, 1, "normal"),
     "fashion_mnist": (32, 4, [1, 2], 2, 1, "normal"),
     "pictures": (32, 3, [1, 2, 2], 2, 1, "normal"),
