@@ -29,7 +29,7 @@ VARIANTS = [
     {"activation": "silu"},
     {"negative_slope": 0.2},
     {"dropout": 0.1},
-    {"init": "xavier"},
+    {"init": "kaiming"},
     {"init": "default"},
     {"optimizer": "adamw"},
     {"predict": "eps", "weighting": "snr"},
@@ -83,13 +83,16 @@ def main():
     )
     parser.add_argument("--out", default="ablation.json")
     args = parser.parse_args()
-    chosen = [v for v in VARIANTS if not args.only or name_of(v) in args.only.split()]
+    variants = {name_of(variant): variant for variant in VARIANTS}
+    chosen = args.only.split() if args.only else list(variants)
+    if unknown := set(chosen) - set(variants):
+        parser.error(f"--only: no {', '.join(unknown)}; there are {' '.join(variants)}")
     rows = []
     print(
         f"{'variant':<28} {'v loss':>8} {'ratio to default':>17} {'distance/floor':>15} {'step':>9}"
     )
-    for variant in chosen:
-        row = measure(variant, args)
+    for name in chosen:
+        row = measure(variants[name], args)
         rows.append(row)
         if "diverged" in row:
             print(f"{row['variant']:<28} diverged at step {row['diverged']}")

@@ -32,7 +32,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 # pad; the few digits gain from noisy copies of each item, and nothing from normal levels.
 CHOSEN = ("width", "depth", "multipliers", "patch", "noise_draws", "levels")
 PRESETS = {
-    "digits": (16, 4, [2, 3], 1, 2, "stratified"),
+    "digits": (16, 4, [2, 2], 1, 2, "stratified"),
     "mnist": (32, 4, [1, 2], 2, 1, "normal"),
     "fashion_mnist": (32, 4, [1, 2], 2, 1, "normal"),
     "pictures": (32, 3, [1, 2, 2], 2, 1, "normal"),
@@ -99,7 +99,7 @@ class Config:
     activation: str = flag("leaky_relu", "activation", choices=ACTIVATIONS)
     negative_slope: float = flag(0.01, "slope of LeakyReLU below zero", at_least=0, at_most=1)
     dropout: float = flag(0.0, "share of activations dropped in training", at_least=0, at_most=0.9)
-    init: str = flag("kaiming", "weight initialisation", choices=INITS)
+    init: str = flag("xavier", "weight initialisation", choices=INITS)
     conditional: bool = flag(False, "tell the network the labels")
     label_dropout: float = flag(0.1, "share of labels hidden in training", at_least=0, at_most=1)
     # the objective

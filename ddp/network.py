@@ -292,7 +292,7 @@ def reverse_network(
     activation="leaky_relu",
     negative_slope=0.01,
     dropout=0.0,
-    init="kaiming",
+    init="xavier",
 ):
     """The reverse network for `event`: a U-Net for images (C, H, W), an MLP for points (D,)."""
     dims = len(event) - 1

@@ -62,7 +62,7 @@ def test_every_piece_can_be_switched(event, norm, activation, init):
 def test_kaiming_keeps_the_variance_for_the_leaky_slope():
     slope = 0.3
     network = reverse_network(
-        (1, 8, 8), width=64, depth=2, multipliers=[1, 2], negative_slope=slope
+        (1, 8, 8), width=64, depth=2, multipliers=[1, 2], negative_slope=slope, init="kaiming"
     )
     for block in (m for m in network.modules() if isinstance(m, Block)):
         fan_in = block.first.weight[0].numel()
