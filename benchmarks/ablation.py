@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ddp import data, device, evaluation
-from ddp.config import Config, Sampling
+from ddp.config import Config, Sampling, exit_code, expect
 from ddp.training import Trainer
 
 VARIANTS = [
@@ -83,6 +83,7 @@ def main():
     )
     parser.add_argument("--out", default="ablation.json")
     args = parser.parse_args()
+    expect(args, epochs=1e-9, samples=evaluation.FEWEST)
     variants = {name_of(variant): variant for variant in VARIANTS}
     chosen = args.only.split() if args.only else list(variants)
     if unknown := set(chosen) - set(variants):
@@ -107,4 +108,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(exit_code("ablation.py", main))

@@ -22,21 +22,19 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from ddp import config, device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WAITS = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
 CACHED = {"cpu": 2**18}  # bytes that lie in a core's own cache; elsewhere in the device's
 CACHED_ELSEWHERE = 2**24
 
 
 def seconds_of(function, where, least=0.2, repetitions=5):
     """Seconds of a call of function(): the median of repetitions of at least `least` seconds."""
-    wait = WAITS.get(where.type, lambda: None)
 
     def timed(calls):
-        wait()
+        device.wait(where)
         started = time.perf_counter()
         for _ in range(calls):
             function()
-        wait()
+        device.wait(where)
         return time.perf_counter() - started
 
     timed(1)  # what is prepared once is prepared here
@@ -136,7 +134,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(config.exit_code("ceilings.py", main))

@@ -142,13 +142,7 @@ def main(arguments=None):
 
 
 def command(arguments=None):
-    """Run the script -> its exit code, 2 for a wrong flag and 1 for a failed run."""
-    try:
-        return main(arguments)
-    except (Exception, KeyboardInterrupt) as error:
-        code, line = config.verdict(error)
-        print(f"peers.py: {line}", file=sys.stderr)
-        return code
+    return config.exit_code("peers.py", main, arguments)
 
 
 if __name__ == "__main__":

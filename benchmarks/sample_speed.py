@@ -133,6 +133,7 @@ def main():
     if min(args.batches) < 1:
         parser.error("--batches: expected numbers above 0")
     where, out = device.pick_device(args.device), Path(args.out)
+    device.use_tf32(False)  # as generate.py does
     model, _, _ = load_model(args.checkpoint, device=where)
     found, rows, errors, waits = about(where), [], [], []
     x0 = samples(model, COMPARED).to(where)
@@ -163,7 +164,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(config.exit_code("sample_speed.py", main))

@@ -20,7 +20,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ddp import data, device, evaluation, features
 from ddp.checkpoint import load_model
-from ddp.config import Sampling
+from ddp.config import Sampling, exit_code, expect
 from ddp.quality import Estimate
 from ddp.reverse import SAMPLERS
 from ddp.schedule import SPACINGS
@@ -98,8 +98,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", default="samplers.json")
     args = parser.parse_args()
-    if args.seeds < 2:
-        parser.error(f"--seeds {args.seeds}: a standard error takes at least 2")
+    expect(args, seeds=2, samples=evaluation.FEWEST)
     model, config, _ = load_model(args.checkpoint, device=device.pick_device("auto"))
     source = config.data() | ({"data_dir": args.data_dir} if args.data_dir else {})
     dataset, rows = data.load(**source), []
@@ -121,7 +120,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code("samplers.py", main))

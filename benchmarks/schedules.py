@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ddp import data, schedule
 from ddp.checkpoint import load_model
+from ddp.config import exit_code, expect
 from ddp.data import to_float
 from ddp.forward import uniform
 from ddp.likelihood import denoised, diffusion_rate
@@ -67,6 +68,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--out", default="schedules.json")
     args = parser.parse_args()
+    expect(args, seeds=2)
     model, config, _ = load_model(args.checkpoint)
     x0 = to_float(data.load(**config.data()).test[:2000])
     # the fixed schedules are cut by the model's ends, not by their own
@@ -91,7 +93,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code("schedules.py", main))

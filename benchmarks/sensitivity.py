@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ddp import data, evaluation, features
+from ddp.config import exit_code, expect
 
 
 def main():
@@ -26,6 +27,7 @@ def main():
     parser.add_argument("--noise", type=float, nargs="+", default=[0, 4, 16, 64])
     parser.add_argument("--out", default="sensitivity.json")
     args = parser.parse_args()
+    expect(args, samples=evaluation.FEWEST)
     dataset = data.load(args.dataset, args.data_dir)
     if not dataset.is_image:
         parser.error(f"--dataset {args.dataset}: expected pictures")
@@ -46,7 +48,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(exit_code("sensitivity.py", main))

@@ -22,8 +22,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ddp import config, figures
+from ddp import config, data, figures
 from ddp.checkpoint import read
+from ddp.evaluation import FEWEST
 
 ROOT = Path(__file__).parent.parent
 SHOWN, COLUMNS = 32, 4  # samples in a picture
@@ -39,15 +40,22 @@ def python(script, *flags):
     return done.stdout
 
 
+def checkpoint_of(minutes, args):
+    return args.out / f"ours-{minutes:g}" / "model.pth"
+
+
 def ours(minutes, args):
     """Train for so many minutes, all that train.py does counted -> a row for each --steps."""
-    name, checkpoint = f"ours-{minutes:g}", args.out / f"ours-{minutes:g}" / "model.pth"
-    data = ["--dataset", args.dataset, "--data_dir", args.data_dir]
-    python("train.py", *data, "--max_minutes", minutes, "--out_dir", args.out, "--name", name)
+    checkpoint = checkpoint_of(minutes, args)
+    source = ["--dataset", args.dataset, "--data_dir", args.data_dir]
+    if not checkpoint.exists():
+        where = ["--out_dir", args.out, "--name", checkpoint.parent.name]
+        python("train.py", *source, "--max_minutes", minutes, *where)
     state = read(checkpoint)
     speed = state["step"] * state["config"]["batch_size"] / (60 * minutes)
     for steps in args.steps:
         file = checkpoint.with_name(f"samples-{steps}.npz")
+        file.unlink(missing_ok=True)
         draw = ["--num_samples", args.samples, "--steps", steps, "--out", file]
         said = python("generate.py", "--checkpoint", checkpoint, *draw)
         rate = float(re.search(r"([\d.]+) a second", said)[1])
@@ -65,13 +73,47 @@ def flags_of_peers(args):
 
 def theirs(args):
     """Yield the rows of the peers, by benchmarks/peers.py, or as it left them."""
-    table = args.out / "peers" / "peers.json"
-    if not args.reuse and peers.main(flags_of_peers(args)):
-        print("time_to_quality.py: a peer failed and is left out", file=sys.stderr)
-    rows = json.loads(table.read_text())["rows"] if table.exists() else []
+    if not args.reuse:
+        peers.main(flags_of_peers(args))
     keys = ("minutes", "file", "pictures_per_second", "seconds_per_sample", "sampler", "recipe")
-    for row in (row for row in rows if row["peer"] in args.only):
+    for row in measured(args):
         yield {"who": row["peer"]} | {key: row[key] for key in keys}
+
+
+def measured(args):
+    """The rows that benchmarks/peers.py left of the peers --only."""
+    table = args.out / "peers" / "peers.json"
+    rows = json.loads(table.read_text())["rows"] if table.exists() else []
+    return [row for row in rows if row["peer"] in args.only]
+
+
+def check(args):
+    """Raise ValueError for what would fail later, before anything is trained."""
+    if args.only:
+        peers.parse(flags_of_peers(args))
+    config.expect(args, samples=FEWEST)
+    for name in ("ours", "steps"):
+        if any(value <= 0 for value in getattr(args, name)):
+            raise ValueError(f"--{name}: expected numbers above 0")
+    if not args.ours and not args.only:
+        raise ValueError("--ours and --only without values leave nothing to measure")
+    if len(set(args.ours)) < len(args.ours):
+        raise ValueError("--ours: expected different minutes")
+    dataset = data.load(args.dataset, args.data_dir)
+    if not (dataset.is_image and dataset.classes):
+        raise ValueError(f"--dataset {args.dataset}: expected pictures of several classes")
+    if not args.reuse:
+        for folder in (checkpoint_of(minutes, args).parent for minutes in args.ours):
+            if folder.exists():
+                raise ValueError(f"{folder} is there already; choose another --out, or --reuse it")
+        return
+    if missing := set(args.only) - {row["peer"] for row in measured(args)}:
+        raise ValueError(f"--reuse: {args.out / 'peers'} has nothing of {', '.join(missing)}")
+    for row in measured(args):
+        with np.load(row["file"]) as npz:
+            count = len(npz[npz.files[0]])
+        if count != args.samples:
+            raise ValueError(f"--reuse: {row['file']} has {count} samples, not {args.samples}")
 
 
 def judged(row, args):
@@ -124,7 +166,7 @@ def main(arguments=None):
     parser.add_argument("--at", type=float, nargs="+", default=[10], help="see benchmarks/peers.py")
     parser.add_argument("--only", nargs="*", metavar="PEER", help="without a name: ours alone")
     parser.add_argument("--bf16", action="store_true", help="autocast of the peers")
-    parser.add_argument("--reuse", action="store_true", help="the peers that lie in OUT/peers")
+    parser.add_argument("--reuse", action="store_true", help="what was trained lies in OUT")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--environments", type=Path, default=peers.ENVIRONMENTS)
     parser.add_argument("--constraint", type=Path, help="file of versions for pip")
@@ -132,15 +174,12 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     known = list(peers.PEERS.get(args.dataset, {}))
     args.only = known if args.only is None else args.only
-    if args.only:
-        peers.parse(flags_of_peers(args))  # refused before anything is trained
-    if args.reuse and not (args.out / "peers" / "peers.json").exists():
-        parser.error(f"--reuse: there is no {args.out / 'peers' / 'peers.json'}")
+    check(args)
     args.out.mkdir(parents=True, exist_ok=True)
     rows, grids = [], {}
     print(f"{'who':<16} minutes pictures/s  ms/sample frechet (judge)  / floor  coverage   named")
-    measured = [*(ours(minutes, args) for minutes in args.ours), theirs(args) if args.only else ()]
-    for row in itertools.chain.from_iterable(measured):
+    sources = [*(ours(minutes, args) for minutes in args.ours), theirs(args) if args.only else ()]
+    for row in itertools.chain.from_iterable(sources):
         rows.append(judged(row, args))
         print(line_of(rows[-1]), flush=True)
         (args.out / "time_to_quality.json").write_text(json.dumps({"rows": rows}, indent=1))
@@ -151,16 +190,12 @@ def main(arguments=None):
         grids[title] = figures.grid(first, COLUMNS)
         figures.side_by_side(grids.values(), grids).save(args.out / "samples.png")
     draw(rows).savefig(args.out / "time_to_quality.png")
-    return 0
+    if missing := set(args.only) - {row["who"] for row in rows}:
+        raise OSError(f"left out, as it failed: {', '.join(missing)}")
 
 
 def command(arguments=None):
-    try:
-        return main(arguments)
-    except (Exception, KeyboardInterrupt) as error:
-        code, line = config.verdict(error)
-        print(f"time_to_quality.py: {line}", file=sys.stderr)
-        return code
+    return config.exit_code("time_to_quality.py", main, arguments)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ PICTURES = 1024  # of noise, in the place of a dataset of another resolution
 
 def trainer_of(settings, dataset):
     where = device.pick_device(settings.device)
-    return Trainer(settings, dataset, where, device.pick_precision(settings.precision, where))
+    precision = device.pick_precision(settings.precision, where)
+    device.use_tf32(precision != "fp32")
+    return Trainer(settings, dataset, where, precision)
 
 
 def convolutions(model, function):
@@ -175,7 +177,7 @@ def main():
     print(*dataset.describe(), trainer.describe(), sep="\n")
     found |= {"config": dataclasses.asdict(settings), "step": step_of(trainer, quick)}
     if trainer.device.type == "cuda":
-        found["gpu_bytes"] = torch.cuda.max_memory_allocated()
+        found["gpu_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
         print(f"memory of the GPU: {found['gpu_bytes'] / 1e6:,.0f} MB")
     rows = list(costs(settings, dataset, quick))
     out.write_text(json.dumps(found | {"rows": rows}, indent=1))
@@ -183,7 +185,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    sys.exit(config.exit_code("train_speed.py", main))

@@ -5,12 +5,13 @@ A `None` default means "chosen for the data": see PRESETS.
 
 import dataclasses
 import math
+import sys
 from pathlib import Path
 
 from ddp.guidance import CLIPS
 from ddp.loss import DISTANCES, WEIGHTINGS
 from ddp.model import PREDICTIONS
-from ddp.network import ACTIVATIONS, INITS, NORM_NAMES
+from ddp.network import ACTIVATIONS, INITS, NORMS
 from ddp.reverse import CHURNABLE, SAMPLERS, STOCHASTIC
 from ddp.schedule import LEVELS, NORMAL, SCHEDULES, SPACINGS
 
@@ -95,7 +96,7 @@ class Config:
     multipliers: list = flag(None, "width of each resolution, in units of --width", integers)
     patch: int = flag(None, "pixels of a side folded into channels", int, at_least=1, at_most=64)
     attention: list = flag([], "feature-map sizes that get self-attention, such as 4,8", integers)
-    norm: str = flag("batch", "normalisation", choices=NORM_NAMES)
+    norm: str = flag("batch", "normalisation", choices=NORMS)
     activation: str = flag("leaky_relu", "activation", choices=ACTIVATIONS)
     negative_slope: float = flag(0.01, "slope of LeakyReLU below zero", at_least=0, at_most=1)
     dropout: float = flag(0.0, "share of activations dropped in training", at_least=0, at_most=0.9)
@@ -293,7 +294,7 @@ def merged(config, given):
     """The config of a run with the flags `given` (a dict) on top.
 
     Raises ValueError when a flag would make it another run."""
-    saved = dataclasses.asdict(config)
+    saved = dataclasses.asdict(config) | {"compile": False}  # it may not work on this machine
     changed = [k for k in given if k not in CHANGEABLE and given[k] != saved[k]]
     if changed:
         k = changed[0]
@@ -381,6 +382,17 @@ def expect(args, **least):
         value = getattr(args, name)
         if value is not None and not bound <= value < 2**32:
             raise ValueError(f"--{name} {value}: expected at least {bound}, below 2^32")
+
+
+def exit_code(script, main, *arguments):
+    """Run main(*arguments) -> its exit code, 2 for a wrong flag and 1 for a failed run; then a line
+    says why."""
+    try:
+        return main(*arguments) or 0
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = verdict(error)
+        print(f"{script}: {line}", file=sys.stderr)
+        return code
 
 
 def verdict(error):

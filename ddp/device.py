@@ -42,6 +42,14 @@ def pick_precision(name, device):
     return name
 
 
+def wait(device):
+    """Until the device has done all that it was given; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def use_tf32(allowed):
     """Whether products of float32 on a CUDA GPU may round their factors to TF32's 10 bits."""
     precision = "tf32" if allowed else "ieee"

@@ -6,6 +6,8 @@ import time
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from ddp.device import wait
+
 PARTS = ("batch", "forward", "backward", "optimiser", "the rest")
 KINDS = {  # words in the names of PyTorch's operations, the first that matches
     "convolutions": ("conv",),
@@ -45,18 +47,17 @@ def measure(step, count, device):
     on_gpu = device.type == "cuda"
     for _ in range(WARM_UP):
         step()
-    wait = torch.cuda.synchronize if on_gpu else lambda: None
-    wait()
+    wait(device)
     started = time.perf_counter()
     for _ in range(count):
         step()
-    wait()
+    wait(device)
     seconds = (time.perf_counter() - started) / count
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
     with profile(activities=activities) as profiler:
         for _ in range(count):
             step()
-        wait()
+        wait(device)
     spent = collections.Counter()
     for event in profiler.events():
         if event.device_type != torch.autograd.DeviceType.CPU:

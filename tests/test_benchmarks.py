@@ -210,18 +210,24 @@ def test_a_peer_that_nobody_knows(compare, capsys):
     assert "--only ours: for mnist there are diffusers, lucidrains" in capsys.readouterr().err
 
 
-def test_rows_of_peers_are_taken_as_they_lie(tmp_path, capsys):
+def test_rows_of_peers_are_taken_as_they_lie(tmp_path, capsys, monkeypatch):
     flags = ["--ours", "--reuse", "--only", "lucidrains", "--out", str(tmp_path)]
-    with pytest.raises(SystemExit, match="2"):
-        time_to_quality.main(flags)
-    assert "--reuse: there is no" in capsys.readouterr().err
+    monkeypatch.setattr(
+        data, "load", lambda *_: argparse.Namespace(is_image=True, classes=["0", "1"])
+    )
+    assert time_to_quality.command(flags) == 2
+    assert "peers has nothing of lucidrains" in capsys.readouterr().err
     keys = ("minutes", "file", "pictures_per_second", "seconds_per_sample", "sampler", "recipe")
-    rows = [{"peer": peer} | dict.fromkeys(keys, 1) for peer in ("diffusers", "lucidrains")]
+    np.savez(tmp_path / "drawn.npz", np.zeros((40, 28, 28), np.uint8))
+    row = dict.fromkeys(keys, 1) | {"file": str(tmp_path / "drawn.npz")}
+    rows = [{"peer": peer} | row for peer in ("diffusers", "lucidrains")]
     table = tmp_path / "peers" / "peers.json"
     table.parent.mkdir()
     table.write_text(json.dumps({"rows": rows}))
     args = argparse.Namespace(out=tmp_path, only=["lucidrains"], reuse=True)
-    assert list(time_to_quality.theirs(args)) == [{"who": "lucidrains"} | dict.fromkeys(keys, 1)]
+    assert list(time_to_quality.theirs(args)) == [{"who": "lucidrains"} | row]
+    assert time_to_quality.command([*flags, "--samples", "50"]) == 2
+    assert "drawn.npz has 40 samples, not 50" in capsys.readouterr().err
 
 
 def test_what_peers_refuse_is_refused_before_ours_train(tmp_path, capsys):
@@ -232,7 +238,7 @@ def test_what_peers_refuse_is_refused_before_ours_train(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_time_to_quality_of_ours(folder):
+def test_time_to_quality_of_ours(folder, monkeypatch, capsys):
     flags = ["--dataset", "digits", "--only", "--ours", 0.01, "--samples", 60, "--out", "time"]
     out = python("benchmarks/time_to_quality.py", *flags, cwd=folder)
     rows = json.loads((folder / "time" / "time_to_quality.json").read_text())["rows"]
@@ -242,3 +248,34 @@ def test_time_to_quality_of_ours(folder):
     assert f"{row['frechet']['samples']['value']:.3f} ±" in out
     names = {"samples.png", "time_to_quality.png", "time_to_quality.json"}
     assert names <= {path.name for path in (folder / "time").iterdir()}
+    monkeypatch.chdir(folder)
+    assert time_to_quality.command(list(map(str, flags))) == 2
+    assert "ours-0.01 is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--samples 10", "--samples 10: expected at least 20"),
+        ("--ours 0.01 -1", "--ours: expected numbers above 0"),
+        ("--ours 1 1", "--ours: expected different minutes"),
+        ("--ours", "leave nothing to measure"),
+        ("--dataset moons", "--dataset moons: expected pictures of several classes"),
+    ],
+)
+def test_what_time_to_quality_refuses(flags, said, tmp_path, capsys):
+    flags = ["--only", "--out", str(tmp_path / "out"), "--dataset", "digits", *flags.split()]
+    assert time_to_quality.command(flags) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_of_a_machine(folder):
+    flags = ["--dataset", "digits", "--minutes", 0.01, "--only", "--quick", "--out", "all"]
+    out = python("benchmarks/machine.py", *flags, cwd=folder)
+    found = json.loads((folder / "all" / "summary.json").read_text())
+    share = found["rate of a training step, GFLOP/s"] / found["highest rate in bf16, GFLOP/s"]
+    assert found["its share of the highest"] == pytest.approx(share)
+    assert all(f"{n:,.2f}  {name}" in out for name, n in found.items())
+    written = {path.name for path in (folder / "all").iterdir()}
+    assert {"ceilings.json", "train_speed.png", "sample_speed.png", "time_to_quality"} <= written
