@@ -22,14 +22,10 @@ ACTIVATIONS = {
     "silu": lambda slope: nn.SiLU(),
 }
 NORMS = {
-    ("batch", 2): nn.BatchNorm2d,
-    ("batch", 0): nn.BatchNorm1d,
-    ("group", 2): lambda width: nn.GroupNorm(math.gcd(width, 8), width),
-    ("group", 0): lambda width: nn.GroupNorm(math.gcd(width, 8), width),
-    ("none", 2): lambda width: nn.Identity(),
-    ("none", 0): lambda width: nn.Identity(),
+    "batch": lambda width, dims: (nn.BatchNorm2d if dims else nn.BatchNorm1d)(width),
+    "group": lambda width, dims: nn.GroupNorm(math.gcd(width, 8), width),
+    "none": lambda width, dims: nn.Identity(),
 }
-NORM_NAMES = ("batch", "group", "none")
 INITS = ("kaiming", "xavier", "default")
 WAVES = 6  # of each coordinate of a point: periods of 2, 1, ... 1/16 standard deviations
 MAX_LOG_SNR = 20.0  # beyond it the level is all signal or all noise; the embedding stays finite
@@ -52,7 +48,7 @@ class Pieces:
         return nn.Conv2d(width_in, width_out, size, padding=size // 2, bias=bias)
 
     def norm(self, width):
-        return NORMS[self.norm_name, self.dims](width)
+        return NORMS[self.norm_name](width, self.dims)
 
 
 class Block(nn.Module):
@@ -110,11 +106,11 @@ class Block(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over the positions of a feature map, (B, width, H, W); heads of 32
-    channels."""
+    channels, or the next number above it that divides them."""
 
     def __init__(self, pieces, width):
         super().__init__()
-        self.heads = max(1, width // 32)
+        self.heads = next(n for n in range(max(1, width // 32), 0, -1) if width % n == 0)
         self.norm = pieces.norm(width)
         self.qkv, self.project = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
 

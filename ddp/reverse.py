@@ -33,7 +33,8 @@ def ddpm_large(x0_hat, xt, log_snr, next_log_snr, *, noise, **_):
 
 def ddim(x0_hat, xt, log_snr, next_log_snr, *, noise=None, eta=0.0, **_):
     """One DDIM step; eta 0 is deterministic, eta 1 has the variance of `ddpm`. Song et al. 2021,
-    eq. 12."""
+    eq. 12. It is also Euler's step of the probability-flow ODE in x / alpha over sigma / alpha
+    (Karras et al. 2022, algorithm 1), and of a rectified flow over its t."""
     alpha_t, sigma_t = alpha_sigma(log_snr, xt)
     alpha_s, sigma_s = alpha_sigma(next_log_snr, xt)
     eps_hat = (xt - alpha_t * x0_hat) / sigma_t  # derived from x0_hat, so that clipping reaches it
@@ -43,20 +44,14 @@ def ddim(x0_hat, xt, log_snr, next_log_snr, *, noise=None, eta=0.0, **_):
     return alpha_s * x0_hat + sigma_s * eps_hat
 
 
-def euler(x0_hat, xt, log_snr, next_log_snr, **_):
-    """Euler's step of the probability-flow ODE in x / alpha over sigma / alpha (Karras et al. 2022,
-    algorithm 1), or of a rectified flow over its t: either is DDIM's."""
-    return ddim(x0_hat, xt, log_snr, next_log_snr)
-
-
 def heun(x0_hat, xt, log_snr, next_log_snr, *, denoise, **_):
     """Heun's step, second order, in x / alpha over sigma / alpha: two network evaluations, but one
     into the clean level. Karras et al. 2022, algorithm 1, lines 6-11."""
-    xs = euler(x0_hat, xt, log_snr, next_log_snr)
+    xs = ddim(x0_hat, xt, log_snr, next_log_snr)
     if next_log_snr.isinf() or log_snr.isinf():
         return xs
     alpha_s, _ = alpha_sigma(next_log_snr, xt)
-    change = denoise(xs, next_log_snr.to(xt).expand(len(xt))) - x0_hat
+    change = denoise(xs, next_log_snr.to(xt, non_blocking=True).expand(len(xt))) - x0_hat
     # the mean of both slopes, eps_hat = (x - alpha x0_hat) / sigma, takes the place of the first
     return xs + 0.5 * alpha_s * torch.expm1((next_log_snr - log_snr) / 2) * change
 
@@ -114,7 +109,7 @@ SAMPLERS = {
     "ddpm": ddpm,
     "ddpm_large": ddpm_large,
     "ddim": ddim,
-    "euler": euler,
+    "euler": ddim,
     "heun": heun,
     "dpm++": dpm_solver_2m,
     "dpm++sde": dpm_solver_2m_sde,
@@ -148,7 +143,7 @@ def sample(denoise, xt, grid, sampler="ddim", noise=None, churn=0.0, project=Non
         if share and log_snr.isfinite():  # sigma / alpha rises by `share`: algorithm 2, lines 4-6
             quieter, log_snr = log_snr, log_snr - 2 * math.log1p(share)
             xt = noised(xt, quieter, log_snr, noise)
-        x0_hat = denoise(xt, log_snr.to(xt).expand(len(xt)))
+        x0_hat = denoise(xt, log_snr.to(xt, non_blocking=True).expand(len(xt)))
         if corrector and history and project is None:  # else xt is no longer the step's
             xt = corrector(x0_hat, log_snr, history)
         rest = {"noise": noise, "denoise": denoise, "history": history, **options}

@@ -204,7 +204,8 @@ class Schedule(nn.Module):
             if self.table is None:
                 log_snr = log_snr.clamp(*(self.log_snr(s) for s in (1.0, 0.0)))
             else:
-                log_snr = self.table[(log_snr[:, None] - self.table).abs().argmin(dim=1)]
+                between = (self.table[1:] + self.table[:-1]) / 2
+                log_snr = self.table[torch.searchsorted(-between, -log_snr)]  # the nearest
             log_snr = torch.where(by_t, self.log_snr(t), log_snr)
             return log_snr.float(), torch.ones(len(u))
         weight = torch.ones_like(t)

@@ -93,11 +93,13 @@ class Trainer:
     def unweighted(self, model, x0, label, log_snr, step, stream):
         """The loss of each item, (B,), at log_snr (B,), before the weight of its level is drawn."""
         with part("batch"):
-            x0, indices = x0.to(self.device), torch.arange(len(x0), device=self.device)
+            x0 = x0.to(self.device, non_blocking=True)
+            indices = torch.arange(len(x0), device=self.device)
             eps = normal(self.config.seed, stream, step, indices, model.event)
             xt = diffuse(x0, log_snr, eps)
         with part("forward"), self.autocast():
-            x0_hat = model.denoise(xt, log_snr, label.to(self.device) if model.classes else None)
+            label = label.to(self.device, non_blocking=True) if model.classes else None
+            x0_hat = model.denoise(xt, log_snr, label)
         return denoising(x0_hat, x0, log_snr, self.config.weighting, self.config.loss)
 
     def training_batch(self, step, size, copies=1):
@@ -140,8 +142,10 @@ class Trainer:
         0-d."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        limit = self.config.grad_clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.model.network.parameters(), limit)
+        weights = list(self.model.network.parameters())
+        norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        if self.config.grad_clip:  # a limit of inf would make NaN of a norm of inf
+            nn.utils.clip_grads_with_norm_(weights, self.config.grad_clip, norm)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()

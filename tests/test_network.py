@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddp.network import ACTIVATIONS, INITS, NORM_NAMES, Attention, Block, reverse_network
+from ddp.network import ACTIVATIONS, INITS, NORMS, Attention, Block, reverse_network
 
 IMAGE = {"width": 16, "depth": 1, "multipliers": [1, 2]}
 
@@ -41,7 +41,7 @@ def test_padding_is_cut_off_where_it_was_put():
 
 @pytest.mark.parametrize("event", [(1, 8, 8), (2,)])
 @pytest.mark.parametrize(
-    ("norm", "activation", "init"), list(itertools.product(NORM_NAMES, ACTIVATIONS, INITS))
+    ("norm", "activation", "init"), list(itertools.product(NORMS, ACTIVATIONS, INITS))
 )
 def test_every_piece_can_be_switched(event, norm, activation, init):
     size = IMAGE if len(event) == 3 else {"width": 16, "depth": 2, "multipliers": [1], "patch": 1}
@@ -71,7 +71,7 @@ def test_kaiming_keeps_the_variance_for_the_leaky_slope():
         assert not block.norm2.weight.any()  # the residual branch starts at zero
 
 
-@pytest.mark.parametrize("norm", NORM_NAMES)
+@pytest.mark.parametrize("norm", NORMS)
 def test_a_block_starts_as_its_skip(norm):
     network = reverse_network((4,), width=16, depth=1, norm=norm)
     x, embedding = torch.randn(8, 16), torch.randn(8, 16)
