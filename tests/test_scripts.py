@@ -841,6 +841,20 @@ def test_the_shipped_digits(tmp_path):
     assert subject["bound"]["discrete"]["total"]["value"] < 5
 
 
+def test_the_shipped_mnist(tmp_path):
+    """It is the run that the README shows and docs/evaluation.md measures."""
+    path = ROOT / "checkpoints" / "mnist.pth"
+    assert path.stat().st_size <= 4_000_000
+    _, config, state = checkpoint.load_model(path)
+    assert (config.dataset, config.data_dir) == ("mnist", "data")
+    assert f"mnist --max_minutes {config.max_minutes:g}`" in (ROOT / "README.md").read_text()
+    assert f"{state['step']:,} steps" in (ROOT / "docs" / "evaluation.md").read_text()
+    run("generate.py", "--checkpoint", path, "--num_samples", 16, "--out", "a.npz", cwd=tmp_path)
+    images = np.load(tmp_path / "a.npz")["images"]
+    assert images.shape == (16, 28, 28, 1)
+    assert 20 < images.mean() < 50  # of the data: 34
+
+
 EVALUATE_REFUSED = {
     "": "required",
     "--checkpoint {run} --samples a.npy": "not allowed",
