@@ -138,7 +138,14 @@ def main(args):
 
 
 def command(arguments=None):
-    return config.exit_code("evaluate.py", main, parse(arguments))
+    """Run the script -> its exit code, 2 for a wrong flag and 1 for a failed run."""
+    given = parse(arguments)
+    try:
+        return main(given)
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = config.verdict(error)
+        print(f"evaluate.py: {line}", file=sys.stderr)
+        return code
 
 
 if __name__ == "__main__":

@@ -17,8 +17,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from script import exit_code
+
 from ddp import data, device, evaluation
-from ddp.config import Config, Sampling, exit_code, expect
+from ddp.config import Config, Sampling, expect
 from ddp.training import Trainer
 
 VARIANTS = [

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from script import exit_code
+
 from ddp import config, device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -134,4 +136,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(config.exit_code("ceilings.py", main))
+    sys.exit(exit_code("ceilings.py", main))

@@ -11,8 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from ddp.config import exit_code
+from script import exit_code
 
 QUICK = {  # to see that it runs
     "ceilings": "--sizes 16 --channels 8 --resolutions 4 --batch 2 --megabytes 1 --seconds 0.001",

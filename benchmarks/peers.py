@@ -19,7 +19,9 @@ import numpy as np
 from peer_recipes import PEERS
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from ddp import config, data, device
+from script import exit_code
+
+from ddp import data, device
 
 ENVIRONMENTS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ddp" / "peers"
 
@@ -142,7 +144,7 @@ def main(arguments=None):
 
 
 def command(arguments=None):
-    return config.exit_code("peers.py", main, arguments)
+    return exit_code("peers.py", main, arguments)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ceilings import about, seconds_of
+from script import exit_code
 
 from ddp import config, device, forward, reverse
 from ddp.checkpoint import load_model
@@ -164,4 +165,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(config.exit_code("sample_speed.py", main))
+    sys.exit(exit_code("sample_speed.py", main))

@@ -18,9 +18,11 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from script import exit_code
+
 from ddp import data, device, evaluation, features
 from ddp.checkpoint import load_model
-from ddp.config import Sampling, exit_code, expect
+from ddp.config import Sampling, expect
 from ddp.quality import Estimate
 from ddp.reverse import SAMPLERS
 from ddp.schedule import SPACINGS

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from script import exit_code
+
 from ddp import data, schedule
 from ddp.checkpoint import load_model
-from ddp.config import exit_code, expect
+from ddp.config import expect
 from ddp.data import to_float
 from ddp.forward import uniform
 from ddp.likelihood import denoised, diffusion_rate

@@ -15,8 +15,10 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from script import exit_code
+
 from ddp import data, evaluation, features
-from ddp.config import exit_code, expect
+from ddp.config import expect
 
 
 def main():

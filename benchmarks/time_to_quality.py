@@ -22,6 +22,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from script import exit_code
+
 from ddp import config, data, figures
 from ddp.checkpoint import read
 from ddp.evaluation import FEWEST
@@ -195,7 +197,7 @@ def main(arguments=None):
 
 
 def command(arguments=None):
-    return config.exit_code("time_to_quality.py", main, arguments)
+    return exit_code("time_to_quality.py", main, arguments)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from ceilings import about, seconds_of
+from script import exit_code
 
 from ddp import config, data, device, profiling
 from ddp.training import Trainer
@@ -185,4 +186,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(config.exit_code("train_speed.py", main))
+    sys.exit(exit_code("train_speed.py", main))

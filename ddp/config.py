@@ -5,7 +5,6 @@ A `None` default means "chosen for the data": see PRESETS.
 
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
 from ddp.guidance import CLIPS
@@ -382,17 +381,6 @@ def expect(args, **least):
         value = getattr(args, name)
         if value is not None and not bound <= value < 2**32:
             raise ValueError(f"--{name} {value}: expected at least {bound}, below 2^32")
-
-
-def exit_code(script, main, *arguments):
-    """Run main(*arguments) -> its exit code, 2 for a wrong flag and 1 for a failed run; then a line
-    says why."""
-    try:
-        return main(*arguments) or 0
-    except (Exception, KeyboardInterrupt) as error:
-        code, line = verdict(error)
-        print(f"{script}: {line}", file=sys.stderr)
-        return code
 
 
 def verdict(error):
