@@ -14,10 +14,8 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from script import exit_code
+from tqdm import tqdm
 
 from ddp import data, device, evaluation
 from ddp.config import Config, Sampling, expect

@@ -16,10 +16,8 @@ import time
 from pathlib import Path
 
 import torch
-from torch import nn
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from script import exit_code
+from torch import nn
 
 from ddp import config, device
 

@@ -2,8 +2,8 @@
 
 python benchmarks/machine.py --data_dir PATH [--dataset cifar10] [--minutes 10] [--only diffusers]
 
-One after the other: ceilings.py, train_speed.py, time_to_quality.py and, of the model that this
-trained, sample_speed.py. Their tables, JSON and figures are written to OUT, and a summary."""
+One after the other: time_to_quality.py, sample_speed.py of the model that it trained,
+train_speed.py and ceilings.py. Their tables, JSON and figures are written to OUT, and a summary."""
 
 import argparse
 import json
@@ -27,8 +27,8 @@ def run(script, args, *flags):
     command = [sys.executable, Path(__file__).with_name(f"{script}.py"), "--out", out, *flags]
     command += QUICK[script].split() if args.quick else []
     print(f"\n== {script}.py", flush=True)
-    if subprocess.run([str(word) for word in command]).returncode:
-        raise OSError(f"{script}.py failed; what was measured before lies in {args.out}")
+    if code := subprocess.run([str(word) for word in command]).returncode:
+        sys.exit(code)  # it has said why
     return json.loads((out / f"{script}.json" if out.is_dir() else out).read_text())
 
 
@@ -61,17 +61,15 @@ def main():
     args = parser.parse_args()
     if args.out.exists():
         raise ValueError(f"--out {args.out} exists; choose another")
-    args.out.mkdir(parents=True)
     data = ["--dataset", args.dataset, "--data_dir", args.data_dir]
     minutes = ["--ours", args.minutes, "--minutes", args.minutes, "--at", args.minutes]
     peers = ["--only", *args.only, *["--bf16"] * args.bf16]
-    found = [
-        run("ceilings", args),
-        run("train_speed", args, *data),
-        run("time_to_quality", args, *data, *minutes, *peers),
-    ]
+    # the longest first: it refuses wrong flags before it starts, and makes OUT
+    quality = run("time_to_quality", args, *data, *minutes, *peers)
     model = args.out / "time_to_quality" / f"ours-{args.minutes:g}" / "model.pth"
-    found = summary(*found, run("sample_speed", args, "--checkpoint", model))
+    sampling = run("sample_speed", args, "--checkpoint", model)
+    step = run("train_speed", args, *data)
+    found = summary(run("ceilings", args), step, quality, sampling)
     (args.out / "summary.json").write_text(json.dumps(found, indent=1))
     print("\n== summary", *(f"{n:14,.2f}  {name}" for name, n in found.items()), sep="\n")
 

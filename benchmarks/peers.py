@@ -17,8 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from peer_recipes import PEERS
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from script import exit_code
 
 from ddp import data, device

@@ -18,10 +18,8 @@ import time
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from ceilings import about, seconds_of
+from matplotlib.figure import Figure
 from script import exit_code
 
 from ddp import config, device, forward, reverse

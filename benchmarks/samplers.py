@@ -15,10 +15,8 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from script import exit_code
+from tqdm import tqdm
 
 from ddp import data, device, evaluation, features
 from ddp.checkpoint import load_model

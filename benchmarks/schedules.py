@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from script import exit_code
 
 from ddp import data, schedule

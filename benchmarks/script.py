@@ -1,4 +1,4 @@
-"""How a benchmark ends: with an exit code, and a line for what went wrong."""
+"""What every benchmark imports first: it finds ddp, and ends it with an exit code and a line."""
 
 import sys
 from pathlib import Path

@@ -12,10 +12,8 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from script import exit_code
+from tqdm import tqdm
 
 from ddp import data, evaluation, features
 from ddp.config import expect

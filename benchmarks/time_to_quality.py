@@ -20,8 +20,6 @@ import peers
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from script import exit_code
 
 from ddp import config, data, figures

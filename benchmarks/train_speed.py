@@ -15,14 +15,12 @@ import sys
 from pathlib import Path
 
 import torch
+from ceilings import about, seconds_of
 from matplotlib.figure import Figure
+from script import exit_code
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from ceilings import about, seconds_of
-from script import exit_code
 
 from ddp import config, data, device, profiling
 from ddp.training import Trainer

@@ -129,7 +129,7 @@ class Config:
     seed: int = flag(0, "the run is a function of it", at_least=0, at_most=2**32 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "arithmetic of the network in training", choices=PRECISIONS)
-    compile: bool = flag(False, "by torch.compile: slow to start, then faster")
+    compile: bool = flag(False, "by torch.compile: slow to start, then faster; --resume drops it")
     # the run
     name: str = flag(None, "name of the run (default: the dataset's)", str)
     out_dir: str = flag("checkpoints", "where runs are written")

@@ -279,3 +279,11 @@ def test_all_of_a_machine(folder):
     assert all(f"{n:,.2f}  {name}" in out for name, n in found.items())
     written = {path.name for path in (folder / "all").iterdir()}
     assert {"ceilings.json", "train_speed.png", "sample_speed.png", "time_to_quality"} <= written
+
+
+def test_what_a_machine_refuses_leaves_nothing(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "machine.py", "--minutes", "-1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--minutes -1: expected more than 0" in done.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())

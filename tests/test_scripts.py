@@ -22,7 +22,7 @@ from conftest import ROOT
 from PIL import Image
 
 from ddp import checkpoint, reverse
-from ddp.config import verdict
+from ddp.config import Config, merged, verdict
 from ddp.data import load as load_data
 from ddp.guidance import CLIPS
 from ddp.schedule import SPACINGS
@@ -570,6 +570,11 @@ def test_a_compiled_run_is_a_run_like_others(tmp_path):
     folder = tmp_path / "checkpoints" / "digits"
     assert checkpoint.read(folder / "last.pth")["config"]["compile"]
     run("generate.py", "--checkpoint", folder / "model.pth", "--num_samples", 4, cwd=tmp_path)
+
+
+def test_a_resumed_run_is_compiled_when_it_is_asked_for():
+    assert not merged(Config(compile=True), {}).compile
+    assert merged(Config(), {"compile": True}).compile
 
 
 def test_a_compiler_that_does_not_work_is_one_line():
