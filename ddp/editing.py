@@ -17,7 +17,7 @@ from torch import nn
 
 from ddp import pictures
 from ddp.data import to_float, to_pixels
-from ddp.forward import diffuse, normal, uniform
+from ddp.forward import diffuse, for_all, normal, uniform
 from ddp.reverse import class_labels, ddim, denoiser, final
 
 UNREADABLE = (ValueError, EOFError, IndexError, OSError, NotImplementedError)
@@ -116,7 +116,7 @@ def inverted(denoise, x0, model, grid):
         raise ValueError("--steps 1 from the schedule's only level cannot be inverted; use more")
     xt = x0
     for log_snr, next_log_snr in itertools.pairwise(levels.flip(0)):
-        x0_hat = denoise(xt, log_snr.to(xt).expand(len(xt)))
+        x0_hat = denoise(xt, for_all(log_snr, xt))
         xt = ddim(x0_hat, xt, log_snr, next_log_snr)
     return xt, levels
 

@@ -30,6 +30,11 @@ def once(log_snr):
     return log_snr[0] if log_snr.ndim and log_snr.stride(0) == 0 else log_snr
 
 
+def for_all(log_snr, x):
+    """log_snr, 0-d -> (B,), the level of all the items of x, (B, ...), expanded as `once` sees."""
+    return log_snr.to(x, non_blocking=True).expand(len(x))
+
+
 def alpha_sigma(log_snr, x):
     """alpha and sigma at log_snr, (B,) or 0-d, ready to multiply x (B, *event)."""
     log_snr = expand(once(log_snr), x)

@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ddp.forward import alpha_sigma, diffuse, normal, uniform
+from ddp.forward import alpha_sigma, diffuse, for_all, normal, uniform
 from ddp.guidance import static
 
 LOSS_STEPS = 1 << 20
@@ -94,7 +94,7 @@ def bound(
             scale = math.prod(alpha_sigma(t, x0))
             term += diffusion_rate(scale, 0 * x0, t, s) - diffusion_rate(scale * eps, 0, t, s)
         diffusion += width.to(x0) * term / draws
-    level = clean.to(x0).expand(len(x0))
+    level = for_all(clean, x0)
     x0_hat, eps = denoised(model, x0, level, seed, 2 * LOSS_STEPS + first, indices, label)
     decoded = reconstruction_term(x0, x0_hat, level, discrete)
     if not discrete:

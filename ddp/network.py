@@ -106,7 +106,7 @@ class Block(nn.Module):
 
 class Attention(nn.Module):
     """Self-attention over the positions of a feature map, (B, width, H, W); heads of 32
-    channels, or the next number above it that divides them."""
+    channels, or of more where those do not divide the width."""
 
     def __init__(self, pieces, width):
         super().__init__()

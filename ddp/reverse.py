@@ -12,7 +12,7 @@ import math
 
 import torch
 
-from ddp.forward import alpha_sigma, normal, posterior, transition
+from ddp.forward import alpha_sigma, for_all, normal, posterior, transition
 from ddp.guidance import clipped, guided
 
 
@@ -51,7 +51,7 @@ def heun(x0_hat, xt, log_snr, next_log_snr, *, denoise, **_):
     if next_log_snr.isinf() or log_snr.isinf():
         return xs
     alpha_s, _ = alpha_sigma(next_log_snr, xt)
-    change = denoise(xs, next_log_snr.to(xt, non_blocking=True).expand(len(xt))) - x0_hat
+    change = denoise(xs, for_all(next_log_snr, xs)) - x0_hat
     # the mean of both slopes, eps_hat = (x - alpha x0_hat) / sigma, takes the place of the first
     return xs + 0.5 * alpha_s * torch.expm1((next_log_snr - log_snr) / 2) * change
 
@@ -143,7 +143,7 @@ def sample(denoise, xt, grid, sampler="ddim", noise=None, churn=0.0, project=Non
         if share and log_snr.isfinite():  # sigma / alpha rises by `share`: algorithm 2, lines 4-6
             quieter, log_snr = log_snr, log_snr - 2 * math.log1p(share)
             xt = noised(xt, quieter, log_snr, noise)
-        x0_hat = denoise(xt, log_snr.to(xt, non_blocking=True).expand(len(xt)))
+        x0_hat = denoise(xt, for_all(log_snr, xt))
         if corrector and history and project is None:  # else xt is no longer the step's
             xt = corrector(x0_hat, log_snr, history)
         rest = {"noise": noise, "denoise": denoise, "history": history, **options}

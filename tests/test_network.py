@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ddp.network import ACTIVATIONS, INITS, NORMS, Attention, Block, reverse_network
+from ddp.network import ACTIVATIONS, INITS, NORMS, Attention, Block, Pieces, reverse_network
 
 IMAGE = {"width": 16, "depth": 1, "multipliers": [1, 2]}
 
@@ -69,6 +69,12 @@ def test_kaiming_keeps_the_variance_for_the_leaky_slope():
         expected = (2 / ((1 + slope**2) * fan_in)) ** 0.5
         assert abs(block.first.weight.std() / expected - 1) < 0.05
         assert not block.norm2.weight.any()  # the residual branch starts at zero
+
+
+def test_heads_divide_the_width():
+    pieces = Pieces(2, "batch", "leaky_relu", 0.01, 0.0)
+    assert [Attention(pieces, w).heads for w in (16, 32, 64, 96, 112)] == [1, 1, 2, 3, 2]
+    assert Attention(pieces, 112)(torch.randn(2, 112, 4, 4)).shape == (2, 112, 4, 4)
 
 
 @pytest.mark.parametrize("norm", NORMS)
