@@ -1,183 +1,249 @@
-"""Samples that begin with what the user gives: pictures or points to reconstruct, to vary, to fill
-in.
+"""Editing: samples that begin with what the user gives. Optional reading.
 
-Each edit of a batch is a change of how ddp.reverse.generate runs: another start `xt`, other levels
-`grid`, or a `project` after every step.
+An edit is a function (inputs, indices (B,), label) -> keyword arguments of sampling.sample:
+another start `x_t`, another `grid`, or a `project` after every step. MC dropout, at the end, is
+another loop.
 """
 
 import contextlib
 import itertools
-import zipfile
-import zlib
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import nn
 
-from ddp import pictures
-from ddp.data import to_float, to_pixels
-from ddp.forward import diffuse, for_all, normal, uniform
-from ddp.reverse import class_labels, ddim, denoiser, final
+from ddp.forward import q_sample
+from ddp.rng import normal, uniform
+from ddp.sampling import ddim, make_denoiser, sample
 
-UNREADABLE = (ValueError, EOFError, IndexError, OSError, NotImplementedError)
-UNREADABLE += (zipfile.BadZipFile, zlib.error)  # what numpy raises
 FRAMES = 8  # of an interpolation, from one end to the other
 
 
-def read_array(path, names=()):
-    """The array in an .npy, or in an .npz the first of `names` that is there, or else its first;
-    None when `path` is neither."""
-    if Path(path).suffix.lower() not in (".npy", ".npz"):
-        return None
-    try:
-        array = np.load(path)  # no pickles
-        if not isinstance(array, np.ndarray):
-            found = [name for name in names or array.files if name in array.files]
-            if not found:
-                raise ValueError(f"it holds no {' or '.join(names)}")
-            array = array[found[0]]
-        if array.dtype.kind not in "fiub":
-            raise ValueError(f"it holds {array.dtype}")
-        return array
-    except UNREADABLE as error:
-        reason = "it holds objects" if "pickle" in str(error) else error
-        raise OSError(f"{path} cannot be read as an array of numbers: {reason}") from None
+@dataclass
+class EditInputs:
+    """What an edit works on."""
+
+    model: object  # a DiffusionModel
+    options: dict  # keyword arguments of sampling.sample, as SamplerOptions.resolve returns them
+    seed: int = 0
+    name: str | None = None  # a key of EDITS
+    items: torch.Tensor | None = None  # (M, *event) x0 of the user; sample i edits item i mod M
+    latents: torch.Tensor | None = None  # (M, *event) noise to start from
+    mask: torch.Tensor | None = None  # (1 or M, *event) bool: what to fill in
+    strength: float = 0.5  # of SDEdit
+    jump_length: int = 10  # of RePaint
+    jump_n_sample: int = 5
+
+    @property
+    def from_user(self):
+        return self.items is not None or self.latents is not None
+
+    @property
+    def grid(self):
+        """The schedule's sampling grid, (steps + 1,) log_snr."""
+        return self.model.schedule.sampling_grid(self.options["steps"], self.options["spacing"])
+
+    def take(self, tensor, indices):
+        """Return the entries of a tensor (M, ...) for samples `indices` (B,), on the device."""
+        return tensor[indices.cpu() % len(tensor)].to(self.model.device)
+
+    def given(self, indices):
+        """Return what the user gave for samples `indices`, the part to fill in left gray."""
+        items = self.take(self.items, indices)
+        return items if self.mask is None else items.where(~self.take(self.mask, indices), 0.0)
+
+    @torch.no_grad()
+    def invert(self, indices, label):
+        """Return (x_T, grid) of the user's items for samples `indices`; see ddim_invert."""
+        names = ("threshold", "cfg_scale", "guidance_interval", "guidance_rescale", "guide")
+        denoise = make_denoiser(self.model, label, **{n: self.options[n] for n in names})
+        return ddim_invert(denoise, self.take(self.items, indices), self.model.schedule, self.grid)
 
 
-def load_samples(path, event):
-    """(items, what to tell about them): samples that some program wrote, uint8 pixels (N, C, H, W)
-    or points (N, D), from what `load` reads. Numbers for pixels are refused: nobody knows their
-    range."""
-    names = ("images", "points", "samples", "arr_0")
-    array = read_array(path, names)
-    if array is not None and len(event) == 3 and array.dtype != np.uint8:
-        raise ValueError(f"{path} holds {array.dtype}; expected uint8 pictures (N, H, W[, C])")
-    x0, found = load(path, event, names)
-    return to_pixels(x0), found
+def sdedit(inputs, indices, label):
+    """Noise the items to `strength` of the way, then denoise (Meng et al. 2022, algorithm 1)."""
+    grid = inputs.grid
+    steps = max(1, round(inputs.strength * (len(grid) - 1)))
+    grid = grid[-(steps + 1) :]
+    x0 = inputs.take(inputs.items, indices)
+    eps = normal(inputs.seed, "x_T", 0, indices.to(x0.device), inputs.model.event)
+    return {"x_t": q_sample(x0, grid[0], eps), "grid": grid}
 
 
-def load(path, event, names=("images", "points")):
-    """(items, what to tell about them): x0 (N, *event) from a picture, a folder or .zip of
-    pictures, or an .npy or .npz: uint8 (N, H, W[, C]), or numbers (N, *event) in the units of x0.
-    names: of the array in an .npz that holds several.
+def repaint(inputs, indices, label):
+    """Inpaint: after every step put back what the mask does not cover, noised to the level.
 
-    Raises OSError when it cannot be read, ValueError when it does not fit."""
-    array, is_image = read_array(path, names), len(event) == 3
-    if array is None and is_image and "noise" not in names:
-        read = pictures.read(path, tuple(event[1:]), event[0])
-        return to_float(read.items), read.found
-    if array is None:
-        raise ValueError(
-            f"{path}: expected an .npy or .npz of shape (N, {', '.join(map(str, event))})"
-        )
-    if array.dtype == np.uint8 and is_image:
-        pixels = array[..., None] if array.ndim == 3 else array
-        x0 = to_float(torch.from_numpy(np.moveaxis(pixels, -1, 1).copy()))
-    else:
-        x0 = torch.from_numpy(array.astype(np.float32))
-    fits = tuple(x0.shape[1:]) == tuple(event) and len(x0) and x0.isfinite().all()
-    if is_image and fits and "noise" not in names and x0.abs().max() > 1.01:
-        raise ValueError(f"{path} holds {array.dtype} beyond -1 to 1; pixels to 255 are uint8")
-    if not fits:
-        raise ValueError(
-            f"{path} holds {array.dtype} {array.shape}; expected finite items of shape {event}, or "
-            "uint8 pictures (N, H, W, C)"
-        )
-    return x0, [f"{len(x0)} items in {path}"]
-
-
-def load_mask(path, event):
-    """The part to fill in, bool, (N, *event) or spread over it: where a picture is light, or an
-    array (N, H, W), (H, W), (N, D) or (D,) is not zero."""
-    array = read_array(path)
-    if array is None:
-        mask = load(path, (1, *event[1:]))[0] > 0
-    else:
-        mask = torch.from_numpy(array.astype(bool))
-        mask = mask[None] if mask.ndim < max(len(event), 2) else mask
-        mask = mask[:, None] if len(event) == mask.ndim == 3 else mask
-    channels = (1, event[0]) if len(event) == 3 else (event[0],)
-    if mask.shape[1] not in channels or tuple(mask.shape[2:]) != tuple(event[1:]):
-        raise ValueError(f"--mask {path}: {tuple(mask.shape)} does not fit items of {event}")
-    if not mask.any() or mask.all():
-        raise ValueError(f"--mask {path}: expected some of it light, to fill in, and some dark")
-    return mask
-
-
-def inverted(denoise, x0, model, grid):
-    """The noise from which ddim comes to x0, and the levels between: ddim's step, backwards. Song
-    et al. 2021, section 4.3. x0 is taken to stand at the schedule's cleanest level.
-
-    Returns (xT, levels): xT (B, *event), levels rising from grid[0] to that level."""
-    clean = model.schedule.log_snr(0.0).detach().cpu()
-    levels = torch.cat([grid[grid < clean], clean[None]])
-    if len(levels) < 2:
-        raise ValueError("--steps 1 from the schedule's only level cannot be inverted; use more")
-    xt = x0
-    for log_snr, next_log_snr in itertools.pairwise(levels.flip(0)):
-        x0_hat = denoise(xt, for_all(log_snr, xt))
-        xt = ddim(x0_hat, xt, log_snr, next_log_snr)
-    return xt, levels
-
-
-def slerp(a, b, share):
-    """From a to b, (B, *event), along the great circle: share (B,) of the way. In many dimensions
-    noise lies on a sphere, and the straight line would leave it (Song et al. 2021, appendix
-    D.5)."""
-    flat_a, flat_b = a.flatten(1), b.flatten(1)
-    angle = torch.acos(torch.cosine_similarity(flat_a, flat_b).clamp(-1 + 1e-6, 1 - 1e-6))[:, None]
-    share = share.to(a)[:, None]
-    path = torch.sin((1 - share) * angle) * flat_a + torch.sin(share * angle) * flat_b
-    return (path / torch.sin(angle)).reshape(a.shape)
-
-
-def image_to_image(x0, grid, strength, seed, indices):
-    """Noised to the level at `strength` of the way, then denoised. Meng et al. 2022, algorithm
-    1."""
-    grid = grid[-(max(1, round(strength * (len(grid) - 1))) + 1) :]
-    eps = normal(seed, "start", 0, indices, x0.shape[1:])
-    return {"xt": diffuse(x0, grid[0], eps), "grid": grid}
-
-
-def inpaint(x0, mask, grid, jump, resample, seed, indices):
-    """What `mask` does not cover is put back after every step, noised to its level; every `jump`
-    steps the last of them are undone and done again, `resample` times in all. Lugmayr et al. 2022,
-    algorithm 1."""
-    path, draws = [*grid[:1]], itertools.count(1)
-    last = len(grid) - 2  # before the clean level
+    Every `jump_length` steps the last of them are undone and done again, `jump_n_sample` times in
+    all. RePaint: Lugmayr et al. 2022, algorithm 1."""
+    grid = inputs.grid
+    jump = inputs.jump_length
+    last = len(grid) - 2  # the index before the clean level
+    path = [grid[0]]
     for i in range(1, len(grid)):
         path.append(grid[i])
-        if i >= jump and i <= last and (last - i) % jump == 0:
-            path += [*grid[i - jump : i + 1]] * (resample - 1)
+        if jump <= i <= last and (last - i) % jump == 0:
+            path += [*grid[i - jump : i + 1]] * (inputs.jump_n_sample - 1)
+    x0 = inputs.take(inputs.items, indices)
+    mask = inputs.take(inputs.mask, indices)
+    indices = indices.to(x0.device)
+    counter = itertools.count()
 
-    def project(xs, log_snr):
-        eps = normal(seed, "start", next(draws), indices, x0.shape[1:])
-        return torch.where(mask, xs, diffuse(x0, log_snr, eps))
+    def project(x_s, log_snr_s):
+        eps = normal(inputs.seed, "repaint", next(counter), indices, inputs.model.event)
+        return torch.where(mask, x_s, q_sample(x0, log_snr_s, eps))
 
     return {"grid": torch.stack(path), "project": project}
 
 
-def dropouts(model):
-    """The dropout layers of a model. Raises ValueError when there are none."""
-    modules = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
-    if not modules:
-        raise ValueError("--mc_dropout needs a model that was trained with --dropout; this was not")
-    return modules
+def reconstruct(inputs, indices, label):
+    """Invert the items to their noise by DDIM, and come back."""
+    x_T, grid = inputs.invert(indices, label)
+    return {"x_t": x_T, "grid": grid}
+
+
+def from_latents(inputs, indices, label):
+    """Start from the user's noise."""
+    return {"x_t": inputs.take(inputs.latents, indices)}
+
+
+def interpolate(inputs, indices, label):
+    """Interpolate between two noises, of new samples or of the user's items: FRAMES a row."""
+    row = indices // FRAMES
+    weight = (indices % FRAMES) / (FRAMES - 1)
+    if inputs.items is None:
+        row = row.to(inputs.model.device)
+        ends = [normal(inputs.seed, "x_T", 0, 2 * row + k, inputs.model.event) for k in (0, 1)]
+        return {"x_t": slerp(*ends, weight)}
+    # a row's frames have one label and the same ends, which are inverted once
+    rows, row_of_frame = row.unique(return_inverse=True)
+    if label is not None:
+        first_frame = (row == rows[:, None]).int().argmax(dim=1)  # (rows,)
+        label = label[first_frame]
+    first, grid = inputs.invert(rows, label)
+    last, _ = inputs.invert(rows + 1, label)
+    return {"x_t": slerp(first[row_of_frame], last[row_of_frame], weight), "grid": grid}
+
+
+def ddim_invert(denoise, x0, schedule, grid):
+    """Return (x_T, grid): the noise from which DDIM comes to x0, and the levels on the way.
+
+    DDIM's step, backward (Song et al. 2021, section 4.3). x0 is taken to stand at the schedule's
+    cleanest level, to which the returned grid rises."""
+    clean = schedule.log_snr(0.0).detach().cpu()
+    grid = torch.cat([grid[grid < clean], clean[None]])
+    if len(grid) < 2:
+        raise ValueError("steps=1 from the schedule's only level cannot be inverted; use more")
+    x_t = x0
+    for log_snr_s, log_snr_t in itertools.pairwise(grid.flip(0)):  # t is noisier
+        x0_hat = denoise(x_t, log_snr_s.to(x_t))
+        x_t = ddim(x0_hat, x_t, log_snr_s, log_snr_t)
+    return x_t, grid
+
+
+def slerp(a, b, weight):
+    """Interpolate from a to b, (B, *event), along the great circle; weight (B,), 0 to 1.
+
+    In many dimensions noise lies on a sphere, which the straight line would leave (Song et al.
+    2021, appendix D.5)."""
+    flat_a = a.flatten(1)
+    flat_b = b.flatten(1)
+    cosine = torch.cosine_similarity(flat_a, flat_b).clamp(-1 + 1e-6, 1 - 1e-6)
+    angle = torch.acos(cosine)[:, None]  # (B, 1)
+    weight = weight.to(a)[:, None]
+    path = torch.sin((1 - weight) * angle) * flat_a + torch.sin(weight * angle) * flat_b
+    return (path / torch.sin(angle)).reshape(a.shape)
+
+
+@dataclass(frozen=True)
+class Edit:
+    function: Callable  # (inputs, indices (B,), label) -> keyword arguments of sampling.sample
+    help: str
+    reads: str = "items"  # what the user gives: items or latents
+    optional: bool = False  # works without that, too
+    title: str | None = None  # of the results in a grid that also shows what was given
+    keeps_latents: bool = False  # the noise goes into the .npz, and the error is told
+    inverts: bool = False  # by DDIM, where the user gives items
+    deterministic: bool = False  # needs a sampler without noise
+    steps: int | None = None  # default, at most the schedule's
+    defaults: dict = field(default_factory=dict)  # of SamplerOptions, where the user gives items
+
+
+IMAGES = "an image, a folder or .zip of them, or an .npy or .npz"
+FAITHFUL = {"sampler": "ddim", "threshold": "none", "precision": "fp32"}
+EDITS = {
+    "image": Edit(sdedit, f"vary {IMAGES} (SDEdit)", title="varied"),
+    "inpaint": Edit(
+        repaint,
+        f"fill in the mask of {IMAGES} (RePaint)",
+        title="filled in",
+        defaults={"sampler": "ddpm"},
+    ),
+    "reconstruct": Edit(
+        reconstruct,
+        f"take {IMAGES} to its noise by DDIM, and back",
+        title="reconstructed",
+        keeps_latents=True,
+        inverts=True,
+        deterministic=True,
+        steps=100,
+        defaults=FAITHFUL,
+    ),
+    "latents": Edit(
+        from_latents,
+        "start from this noise, an .npz that a reconstruction wrote",
+        reads="latents",
+        steps=100,
+        defaults=FAITHFUL,
+    ),
+    "interpolate": Edit(
+        interpolate,
+        "interpolate between samples, or between these",
+        optional=True,
+        inverts=True,
+        deterministic=True,
+        steps=100,
+        defaults=FAITHFUL,
+    ),
+}
+
+
+def edited_samples(inputs, indices, label):
+    """Return (x0, given, latents) of samples `indices` (B,), edited.
+
+    given: what the user gave for them, or None; latents: the noise they began with, or None."""
+    edit = EDITS[inputs.name]
+    changes = edit.function(inputs, indices, label)
+    x0 = sample(inputs.model, indices, inputs.seed, label, **{**inputs.options, **changes})
+    given = inputs.given(indices) if edit.title else None
+    latents = changes["x_t"] if edit.keeps_latents else None
+    return x0, given, latents
+
+
+# ---- Monte Carlo dropout ----
+
+
+def dropout_layers(model):
+    """Return the dropout layers of a model. Raises ValueError when there are none."""
+    layers = [m for m in model.modules() if isinstance(m, nn.Dropout) and m.p]
+    if not layers:
+        raise ValueError("mc_dropout needs a model that was trained with dropout; this one was not")
+    return layers
 
 
 @contextlib.contextmanager
-def dropout(model, seed, indices, number):
-    """Dropout as in training, in a model that is in eval mode: pass `number` of the Monte Carlo
-    dropout of Gal & Ghahramani 2016. Masks are keyed by (seed, pass, call, index of the item)."""
-    calls = itertools.count(number << 16)
+def mc_dropout(model, seed, indices):
+    """Drop activations as in training, in a model in eval mode (Gal & Ghahramani 2016).
 
-    def drop(module, args, _):
-        (x,) = args
-        u = uniform(seed, "step", next(calls), indices.to(x.device), x.shape[1:])
+    Masks are keyed by (seed, number of the call, index of the item)."""
+    counter = itertools.count()
+
+    def drop(module, inputs, _):
+        (x,) = inputs
+        u = uniform(seed, "mc_dropout", next(counter), indices.to(x.device), x.shape[1:])
         return x * (u >= module.p) / (1 - module.p)
 
-    handles = [module.register_forward_hook(drop) for module in dropouts(model)]
+    handles = [layer.register_forward_hook(drop) for layer in dropout_layers(model)]
     try:
         yield
     finally:
@@ -185,127 +251,10 @@ def dropout(model, seed, indices, number):
             handle.remove()
 
 
-class Edit:
-    """What generate.py is asked to do with each batch: `args` are its flags, `options` those of
-    ddp.reverse.generate.
-
-    given: x0 (M, *event) of the user, or None; sample i is made from item i mod M. count: samples
-    when their number is left open. found: what to tell of the items. shown: how figures.overview
-    shows them."""
-
-    def __init__(self, model, args, options):
-        self.model, self.args, self.options = model, args, options
-        self.squares, self.start, self.shown = [], None, {}
-        path = args.image or args.inpaint or args.reconstruct or args.interpolate
-        self.given, self.found = load(path, model.event) if path else (None, [])
-        self.noise = load(args.noise, model.event, ["noise"])[0] if args.noise else None
-        self.mask = load_mask(args.mask, model.event) if args.mask else None
-        items = self.noise if self.given is None else self.given
-        self.count = 64 if items is None else len(items)
-        if args.interpolate is not None:
-            self.shown = {"columns": FRAMES}
-            self.count = 64 if items is None else FRAMES * (self.count - 1)
-            if not self.count:
-                raise ValueError("--interpolate: one item has no other to go to; give two or more")
-        titles = {"image": "varied", "inpaint": "filled in", "reconstruct": "reconstructed"}
-        for name, title in titles.items():
-            if getattr(args, name):
-                self.shown = {"titles": (title, "given")}
-        if self.mask is not None and len(self.mask) not in (1, len(self.given)):
-            raise ValueError(f"--mask: {len(self.mask)} masks for {len(self.given)} items")
-        self.users = self.given is not None or self.noise is not None
-        if self.users and model.classes and not (args.label or model.drops_label):
-            raise ValueError("give --label: this model was never trained without one")
-        if args.mc_dropout:
-            dropouts(model)
-            self.shown = {"titles": (f"mean of {args.mc_dropout}", "spread: white is 0.5 or more")}
-        if (args.reconstruct or args.interpolate or args.noise) and args.steps is None:
-            options["steps"] = min(100, model.schedule.timesteps or 100)
-        self.jump = args.jump or max(1, min(10, options["steps"] // 2))
-        if args.jump and args.jump >= options["steps"]:
-            raise ValueError(
-                f"--jump {args.jump}: expected fewer than the {options['steps']} steps"
-            )
-
-    def label(self, indices, chosen):
-        """Labels (B,) or None: `chosen` ones or all, in turn; none for items that are the user's,
-        of which only the user knows them."""
-        if self.users and chosen is None:
-            return None
-        if self.args.interpolate is not None:
-            indices = indices // FRAMES
-        return class_labels(self.model, indices, chosen)
-
-    def changes(self, indices, label):
-        """The keyword arguments that make `generate` do the edit for samples `indices` (B,)."""
-        args, event, device = self.args, self.model.event, indices.device
-        grid = self.model.schedule.grid(self.options["steps"], self.options["spacing"])
-        if args.noise:
-            return {"xt": self.noise[indices.cpu() % len(self.noise)].to(device)}
-        if args.interpolate is not None:
-            row, share = indices // FRAMES, (indices % FRAMES) / (FRAMES - 1)
-            if self.given is None:
-                ends = [normal(args.seed, "start", 0, 2 * row + k, event) for k in (0, 1)]
-                return {"xt": slerp(*ends, share)}
-            # a row's frames have one label and the same ends, which are inverted once
-            rows, back = row.unique(return_inverse=True)
-            label = None if label is None else label[(row == rows[:, None]).int().argmax(dim=1)]
-            (first, levels), (last, _) = (self.inverted(rows + k, label, grid) for k in (0, 1))
-            return {"xt": slerp(first[back], last[back], share), "grid": levels}
-        if self.given is None:
-            return {}
-        x0 = self.given[indices.cpu() % len(self.given)].to(device)
-        if args.reconstruct:
-            self.start, levels = self.inverted(indices, label, grid)
-            return {"xt": self.start, "grid": levels}
-        if args.image:
-            strength = 0.5 if args.strength is None else args.strength
-            return image_to_image(x0, grid, strength, args.seed, indices)
-        mask = self.mask[indices.cpu() % len(self.mask)].to(device)
-        return inpaint(x0, mask, grid, self.jump, args.resample or 5, args.seed, indices)
-
-    @torch.no_grad()
-    def inverted(self, indices, label, grid):
-        """(xT, levels) of the given items `indices` (B,)."""
-        names = ("guidance", "guidance_interval", "guidance_rescale", "guide", "clip")
-        denoise = denoiser(self.model, label, **{name: self.options[name] for name in names})
-        x0 = self.given[indices.cpu() % len(self.given)].to(indices.device)
-        return inverted(denoise, x0, self.model, grid)
-
-    def finish(self, indices, states):
-        """(x0, what to show beside it, arrays to keep) of samples `indices` (B,), run by `states`.
-
-        Raises FloatingPointError when a sample is not finite."""
-        beside, kept = None, {}
-        if self.args.mc_dropout:
-            passes = []
-            for k in range(self.args.mc_dropout):
-                with dropout(self.model, self.args.seed, indices, k):
-                    passes.append(final(states(indices)))
-            spread, x0 = torch.std_mean(torch.stack(passes), dim=0)
-            beside = to_pixels(4 * spread - 1).cpu() if self.model.is_image else None
-            kept = {"std": spread}
-        else:
-            x0 = final(states(indices))
-        if not x0.isfinite().all():
-            raise FloatingPointError(
-                "samples became infinite; try less --guidance, or other --steps"
-            )
-        if self.given is not None and not self.args.interpolate:
-            given = self.given[indices % len(self.given)].to(x0.device)
-            if self.args.reconstruct:
-                self.squares.append(((x0 - given) ** 2).flatten(1).mean(dim=1).cpu())
-                kept = {"noise": self.start}
-            if self.args.inpaint:
-                given = given.where(~self.mask[indices % len(self.mask)].to(given.device), 0.0)
-            beside = to_pixels(given).cpu()
-        return x0, beside, kept
-
-    def report(self):
-        """What to tell when all is done, a list of lines."""
-        if not self.squares:
-            return []
-        error = torch.cat(self.squares).sqrt()
-        return [
-            f"root mean square error {error.mean():.4f}, at most {error.max():.4f}, in units of x0"
-        ]
+def sample_mc_dropout(model, indices, seed, label, passes, **options):
+    """Return the standard deviation and the mean over `passes` samples with dropout."""
+    samples = []
+    with mc_dropout(model, seed, indices):
+        for _ in range(passes):
+            samples.append(sample(model, indices, seed, label, **options))
+    return torch.std_mean(torch.stack(samples), dim=0)

@@ -1,5 +1,4 @@
-"""The two networks as one thing: what the reverse network's output means, as an estimate of the
-data."""
+"""The two networks as one thing: the reverse network's output, read as an estimate of the data."""
 
 import copy
 
@@ -7,11 +6,12 @@ import torch
 from torch import nn
 
 from ddp.forward import alpha_sigma
-from ddp.network import Attention, Block, reverse_network
+from ddp.reverse import NETWORKS
 from ddp.schedule import Schedule
 
-# predict -> (c_skip, c_out): x0_hat = c_skip xt + c_out F. Salimans & Ho 2022, section 4 and
-# appendix D; `flow` is the velocity eps - x0 of rectified flow (Liu et al. 2022, eq. 1).
+# What the network predicts: (alpha, sigma) -> c_skip, c_out of x0_hat = c_skip x_t + c_out F, where
+# F is the network's output. Salimans & Ho 2022, section 4 and appendix D; `flow` is the velocity
+# eps - x0 of rectified flow (Liu et al. 2022, eq. 1).
 PREDICTIONS = {
     "x0": lambda alpha, sigma: (0.0, 1.0),
     "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
@@ -21,39 +21,64 @@ PREDICTIONS = {
 
 
 class DiffusionModel(nn.Module):
-    """A forward network (a schedule) and a reverse network, joined by `denoise`.
+    """A forward network (a noise schedule) and a reverse network, joined by `denoise`."""
 
-    `config` is a ddp.config.Config, `event` the shape of one item, `classes` the number of labels
-    that the network is told of (0 when it is not conditional)."""
-
-    def __init__(self, config, event, classes=0):
+    def __init__(
+        self,
+        schedule,  # a Schedule
+        network,  # an nn.Module: (x_t, log_snr, label) -> like x_t; see reverse.NETWORKS
+        prediction="v",  # a key of PREDICTIONS
+        event=None,  # the shape of one item; default: the network's own
+        num_classes=0,  # labels that the network is told; 0: unconditional
+        has_null_label=False,  # trained with label dropout, so that CFG works
+    ):
         super().__init__()
-        self.event, self.classes, self.predict = tuple(event), classes, config.predict
-        names = ("schedule", "timesteps", "shift", "zero_terminal_snr", "levels")
-        self.schedule = Schedule(*(getattr(config, name) for name in names))
-        # whether the network has learned to do without a label, too
-        self.drops_label = bool(classes) and config.label_dropout > 0
-        self.network = reverse_network(self.event, classes=classes, **config.network())
+        if event is None:
+            event = getattr(network, "event", None)
+        if event is None:
+            raise ValueError("event=None: the network has no attribute `event`; give the shape")
+        self.event = tuple(event)
+        self.schedule = schedule
+        self.network = network
+        self.prediction = prediction
+        self.num_classes = num_classes
+        self.has_null_label = has_null_label
 
     @property
     def is_image(self):
         return len(self.event) == 3
 
-    def denoise(self, xt, log_snr, label=None):
-        """x0_hat (B, *event), the estimate of the data in xt (B, *event) at log_snr (B,)."""
-        c_skip, c_out = PREDICTIONS[self.predict](*alpha_sigma(log_snr, xt))
-        return c_skip * xt + c_out * self.network(xt, log_snr, label).to(xt.dtype)
+    @property
+    def device(self):
+        return next(self.parameters()).device
 
-    def prepare_for_sampling(self, dtype=torch.float32):
-        """A copy in eval mode that denoises alike, and faster: each BatchNorm is folded into the
-        layer beside it, and the weights are held in dtype, but those of the noise level.
+    def denoise(
+        self,
+        x_t,  # (B, *event)
+        log_snr,  # (), one level for all, or (B,)
+        label=None,  # (B,), or None
+    ):
+        """Return x0_hat, (B, *event): v-, eps-, x0- or flow-prediction becomes x0 here."""
+        alpha, sigma = alpha_sigma(log_snr, x_t)
+        c_skip, c_out = PREDICTIONS[self.prediction](alpha, sigma)
+        return c_skip * x_t + c_out * self.network(x_t, log_snr, label).to(x_t.dtype)
 
-        In float32 x0_hat differs by rounding, in bfloat16 by about a hundredth of the range."""
-        ready = copy.deepcopy(self).eval().requires_grad_(False)
-        for module in list(ready.network.modules()):
-            if isinstance(module, (Block, Attention)):
-                module.fold()
-        for piece in ready.network.children():
-            if piece is not ready.network.embedding:  # its frequencies would lose their digits
-                piece.to(dtype)
-        return ready
+    def for_inference(self, dtype=torch.float32):
+        """Return a frozen copy in eval mode: BatchNorm fused into the layer beside it, and faster.
+
+        Its weights are cast to dtype; the noise embedding stays float32. In float32 x0_hat differs
+        by rounding, in bfloat16 by about 1% of the range. A network without `fold_for_inference`
+        is copied as it is."""
+        model = copy.deepcopy(self).eval().requires_grad_(False)
+        if hasattr(model.network, "fold_for_inference"):
+            model.network.fold_for_inference(dtype)
+        return model
+
+
+def build_model(config, event, num_classes=0):
+    """Return the DiffusionModel of a Config for items of shape `event`."""
+    schedule = Schedule(config.schedule, config.timesteps, config.shift, config.zero_terminal_snr)
+    name = config.network or ("unet" if len(event) == 3 else "mlp")
+    network = NETWORKS[name](tuple(event), num_classes, **config.network_options())
+    has_null_label = num_classes > 0 and config.label_dropout > 0
+    return DiffusionModel(schedule, network, config.prediction, event, num_classes, has_null_label)

@@ -1,252 +1,339 @@
-"""Samplers: one reverse step each, and the loop that yields every state.
+"""The reverse diffusion step network: it takes a noisy sample and its noise level.
 
-A step takes x0_hat, xt (B, *event), the levels before and after it (0-d float64), and by name what
-it needs of: `noise`, which gives N(0, I) like xt when it is called; `denoise`; and `history`, the
-(log_snr, xt, x0_hat) of the steps before, the newest last. It returns xs at the next level. Every
-formula holds at next_log_snr = +inf, where the sample is clean, and at log_snr = -inf, where it is
-noise alone: the first and the last step need no special case.
+One residual block serves images and points: (conv or linear) -> BatchNorm -> FiLM by the noise
+level -> LeakyReLU -> Dropout -> (conv or linear) -> BatchNorm, added to a skip connection. The
+noise level enters after the normalization, which would cancel it before: a BatchNorm subtracts
+any offset that a whole channel has (arXiv 2405.14126). A BatchNorm follows its layer directly, so
+that it can be folded into it for inference.
+
+A network of one's own is any nn.Module behind a function in NETWORKS; see there for the contract.
 """
 
-import itertools
 import math
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from ddp.forward import alpha_sigma, for_all, normal, posterior, transition
-from ddp.guidance import clipped, guided
-
-
-def ddpm(x0_hat, xt, log_snr, next_log_snr, *, noise, **_):
-    """One ancestral step, a draw from q(xs | xt, x0_hat): the fixed small variance of Ho et al.
-    2020."""
-    mean, variance = posterior(x0_hat, xt, log_snr, next_log_snr)
-    return mean + variance.sqrt() * noise()
-
-
-def ddpm_large(x0_hat, xt, log_snr, next_log_snr, *, noise, **_):
-    """One ancestral step with the fixed large variance, beta_t. Ho et al. 2020, section 3.2."""
-    mean, _ = posterior(x0_hat, xt, log_snr, next_log_snr)
-    _, beta = transition(xt, next_log_snr, log_snr)
-    # into the clean level beta is no noise to add but all that is left to remove
-    return mean + torch.where(next_log_snr.isinf(), 0.0, beta.sqrt()) * noise()
-
-
-def ddim(x0_hat, xt, log_snr, next_log_snr, *, noise=None, eta=0.0, **_):
-    """One DDIM step; eta 0 is deterministic, eta 1 has the variance of `ddpm`. Song et al. 2021,
-    eq. 12. It is also Euler's step of the probability-flow ODE in x / alpha over sigma / alpha
-    (Karras et al. 2022, algorithm 1), and of a rectified flow over its t."""
-    alpha_t, sigma_t = alpha_sigma(log_snr, xt)
-    alpha_s, sigma_s = alpha_sigma(next_log_snr, xt)
-    eps_hat = (xt - alpha_t * x0_hat) / sigma_t  # derived from x0_hat, so that clipping reaches it
-    if eta:
-        fresh = eta**2 * -torch.expm1(log_snr - next_log_snr)  # the share of sigma_s² drawn anew
-        eps_hat = (1 - fresh).clamp_min(0).sqrt() * eps_hat + fresh.sqrt() * noise()
-    return alpha_s * x0_hat + sigma_s * eps_hat
-
-
-def heun(x0_hat, xt, log_snr, next_log_snr, *, denoise, **_):
-    """Heun's step, second order, in x / alpha over sigma / alpha: two network evaluations, but one
-    into the clean level. Karras et al. 2022, algorithm 1, lines 6-11."""
-    xs = ddim(x0_hat, xt, log_snr, next_log_snr)
-    if next_log_snr.isinf() or log_snr.isinf():
-        return xs
-    alpha_s, _ = alpha_sigma(next_log_snr, xt)
-    change = denoise(xs, for_all(next_log_snr, xs)) - x0_hat
-    # the mean of both slopes, eps_hat = (x - alpha x0_hat) / sigma, takes the place of the first
-    return xs + 0.5 * alpha_s * torch.expm1((next_log_snr - log_snr) / 2) * change
-
-
-def extrapolated(x0_hat, log_snr, next_log_snr, history):
-    """x0_hat half a step ahead, on the line through the last two: what makes a solver second order.
-    The first order is left at the start and into the clean level."""
-    h = next_log_snr - log_snr
-    if not history or not h.isfinite():
-        return x0_hat
-    last_log_snr, _, last_x0_hat = history[-1]
-    return x0_hat + (x0_hat - last_x0_hat) * (h / (log_snr - last_log_snr) / 2)
-
-
-def dpm_solver_2m(x0_hat, xt, log_snr, next_log_snr, *, history, **_):
-    """One step of DPM-Solver++(2M), second-order multistep. Lu et al. 2022b, algorithm 2."""
-    _, sigma_t = alpha_sigma(log_snr, xt)
-    alpha_s, sigma_s = alpha_sigma(next_log_snr, xt)
-    h = (next_log_snr - log_snr) / 2  # the paper's lambda is half the log-SNR
-    ahead = extrapolated(x0_hat, log_snr, next_log_snr, history)
-    return sigma_s / sigma_t * xt - alpha_s * torch.expm1(-h) * ahead
-
-
-def dpm_solver_2m_sde(x0_hat, xt, log_snr, next_log_snr, *, noise, history, **_):
-    """One step of SDE-DPM-Solver++(2M). Lu et al. 2022b, appendix D."""
-    _, sigma_t = alpha_sigma(log_snr, xt)
-    alpha_s, sigma_s = alpha_sigma(next_log_snr, xt)
-    h = (next_log_snr - log_snr) / 2
-    ahead = extrapolated(x0_hat, log_snr, next_log_snr, history)
-    mean = sigma_s / sigma_t * torch.exp(-h) * xt - alpha_s * torch.expm1(-2 * h) * ahead
-    return mean + sigma_s * (-torch.expm1(-2 * h)).sqrt() * noise()
-
-
-def unic(x0_hat, log_snr, history):
-    """xt once more, now that x0_hat there is known: the corrector UniC-2 (UniC-1 after the first
-    step) with B(h) = e^h - 1, whose predictor UniP-2 is DPM-Solver++(2M). Zhao et al. 2023,
-    algorithm 1."""
-    last_log_snr, last_xt, last_x0_hat = history[-1]
-    _, sigma_s = alpha_sigma(last_log_snr, last_xt)
-    alpha_t, sigma_t = alpha_sigma(log_snr, last_xt)
-    h = (log_snr - last_log_snr) / 2
-    phi = torch.expm1(-h)
-    change = 0.5 * (x0_hat - last_x0_hat)
-    if len(history) > 1:
-        r = (history[-2][0] - last_log_snr) / 2 / h  # where the step before stands, below 0
-        b1 = (phi / -h - 1) / phi
-        b2 = 2 * (b1 * phi / -h - 0.5) / phi
-        before = (history[-2][2] - last_x0_hat) / r
-        weight = (b1 - b2) / (1 - r)
-        change = weight * before + (b1 - weight) * (x0_hat - last_x0_hat)
-    return sigma_t / sigma_s * last_xt - alpha_t * phi * (last_x0_hat + change)
-
-
-SAMPLERS = {
-    "ddpm": ddpm,
-    "ddpm_large": ddpm_large,
-    "ddim": ddim,
-    "euler": ddim,
-    "heun": heun,
-    "dpm++": dpm_solver_2m,
-    "dpm++sde": dpm_solver_2m_sde,
-    "unipc": dpm_solver_2m,
+ACTIVATIONS = {
+    "leaky_relu": lambda negative_slope: nn.LeakyReLU(negative_slope, inplace=True),
+    "relu": lambda negative_slope: nn.ReLU(inplace=True),
+    "silu": lambda negative_slope: nn.SiLU(),
 }
-CORRECTORS = {"unipc": unic}
-STOCHASTIC = ("ddpm", "ddpm_large", "dpm++sde")
-CHURNABLE = ("euler", "heun")
+NORMS = {  # (channels, spatial dimensions) -> a module
+    "batch": lambda channels, dims: (nn.BatchNorm2d if dims else nn.BatchNorm1d)(channels),
+    "group": lambda channels, dims: nn.GroupNorm(math.gcd(channels, 8), channels),
+    "none": lambda channels, dims: nn.Identity(),
+}
+INITS = ("kaiming", "xavier", "default")
+FOURIER_FEATURES = 6  # of each coordinate of a point: periods of 2, 1, ..., 1/16 std
+MAX_LOG_SNR = 20.0  # beyond it all is signal or all is noise; keeps the embedding finite
 
 
-def noised(xs, log_snr, next_log_snr, noise):
-    """One step of the forward network, a draw from q(xt | xs) at a noisier level."""
-    mean, variance = transition(xs, log_snr, next_log_snr)
-    return mean + variance.sqrt() * noise()
+class Layers:
+    """What blocks are made of: the layer, norm, activation and dropout that the user chose."""
+
+    def __init__(
+        self, dims, norm="batch", activation="leaky_relu", negative_slope=0.01, dropout=0.0
+    ):
+        self.dims = dims  # spatial dimensions: 2 for images, 0 for points
+        self.norm_name = norm
+        self.activation = ACTIVATIONS[activation](negative_slope)
+        self.dropout = nn.Dropout(dropout)
+
+    def layer(self, c_in, c_out, kernel_size=3):
+        """Return a same-size convolution or a linear layer."""
+        bias = self.norm_name == "none"  # a norm has its own, and would cancel this one
+        if self.dims == 0:
+            return nn.Linear(c_in, c_out, bias=bias)
+        return nn.Conv2d(c_in, c_out, kernel_size, padding=kernel_size // 2, bias=bias)
+
+    def norm(self, channels):
+        return NORMS[self.norm_name](channels, self.dims)
 
 
-def sample(denoise, xt, grid, sampler="ddim", noise=None, churn=0.0, project=None, **options):
-    """Run the reverse process, yielding (log_snr, xt, x0_hat) after every step; the last xt is x0.
+class Block(nn.Module):
+    """A residual block, (B, c_in, ...) -> (B, c_out, ...), conditioned on the noise by FiLM."""
 
-    denoise: (xt, log_snr (B,)) -> x0_hat. xt: the start, (B, *event), noise at grid[0]. grid:
-    rising levels, to +inf for clean data (Schedule.grid); where they fall, noise is added again.
-    noise: () -> N(0, I) like xt; needed by the samplers that draw it. churn: S_churn of Karras et
-    al. 2022, with S_noise = 1. project: (xs, log_snr) -> xs, done after every step. options:
-    eta."""
-    step, corrector, history = SAMPLERS[sampler], CORRECTORS.get(sampler), []
-    share = min(churn / (len(grid) - 1), math.sqrt(2) - 1)
-    for log_snr, next_log_snr in itertools.pairwise(grid):
-        if next_log_snr < log_snr:
-            xt, history = noised(xt, log_snr, next_log_snr, noise), []
-            continue
-        if share and log_snr.isfinite():  # sigma / alpha rises by `share`: algorithm 2, lines 4-6
-            quieter, log_snr = log_snr, log_snr - 2 * math.log1p(share)
-            xt = noised(xt, quieter, log_snr, noise)
-        x0_hat = denoise(xt, for_all(log_snr, xt))
-        if corrector and history and project is None:  # else xt is no longer the step's
-            xt = corrector(x0_hat, log_snr, history)
-        rest = {"noise": noise, "denoise": denoise, "history": history, **options}
-        xs = step(x0_hat, xt, log_snr, next_log_snr, **rest)
-        history = [*history[-1:], (log_snr, xt, x0_hat)]
-        xt = xs if project is None else project(xs, next_log_snr)
-        yield next_log_snr, xt, x0_hat
+    def __init__(self, layers, c_in, c_out, embedding_size):
+        super().__init__()
+        self.layer1 = layers.layer(c_in, c_out)
+        self.norm1 = layers.norm(c_out)
+        self.layer2 = layers.layer(c_out, c_out)
+        self.norm2 = layers.norm(c_out)
+        self.film = nn.Linear(embedding_size, 2 * c_out)  # scale and shift (Perez et al. 2018)
+        self.activation = layers.activation
+        self.dropout = layers.dropout
+        self.skip = nn.Identity() if c_in == c_out else layers.layer(c_in, c_out, kernel_size=1)
+
+    def forward(self, x, embedding):
+        film = self.film(embedding)  # (B, 2 c_out), or (2 c_out,) where all items share it
+        if embedding.ndim == 1 and isinstance(self.norm1, nn.Identity):
+            h = self.layer_with_film(x, *film.chunk(2))
+        else:
+            spatial = [1] * (x.ndim - 2)
+            scale, shift = film.reshape(-1, film.shape[-1], *spatial).chunk(2, dim=1)
+            h = torch.addcmul(shift, self.norm1(self.layer1(x)), 1 + scale)
+        h = self.dropout(self.activation(h))
+        h = self.norm2(self.layer2(h))
+        return self.activation(h.add_(self.skip(x)))
+
+    def layer_with_film(self, x, scale, shift):
+        """Apply FiLM, (c_out,) each, to the weights of layer1 instead of to its output.
+
+        Valid when the whole batch has one embedding, and cheaper: weights are fewer than pixels."""
+        gain = 1 + scale
+        weight = self.layer1.weight * gain.reshape(-1, *[1] * (x.ndim - 1))
+        bias = torch.addcmul(shift, self.layer1.bias, gain)
+        if x.ndim == 2:
+            return F.linear(x, weight, bias)
+        return F.conv2d(x, weight, bias, padding=self.layer1.padding)
+
+    def fold(self):
+        """Fuse each BatchNorm into the layer before it (conv-BN fusion); for eval mode only."""
+        fuse = fuse_conv_bn_eval if isinstance(self.layer1, nn.Conv2d) else fuse_linear_bn_eval
+        if isinstance(self.norm1, nn.modules.batchnorm._BatchNorm):
+            self.layer1 = fuse(self.layer1, self.norm1)
+            self.layer2 = fuse(self.layer2, self.norm2)
+            self.norm1 = nn.Identity()
+            self.norm2 = nn.Identity()
 
 
-def class_labels(model, indices, chosen=None):
-    """Labels (B,) for samples `indices`, on the model's device: sample i gets the i-th of `chosen`,
-    or of all classes, going round. None when the model is told of no classes."""
-    if not model.classes:
-        return None
-    table = torch.tensor(chosen or range(model.classes))
-    return table[indices % len(table)].to(next(model.parameters()).device)
+class Attention(nn.Module):
+    """Self-attention over the positions of a feature map, (B, C, H, W) -> (B, C, H, W).
+
+    Heads have 32 channels, or more where 32 does not divide C."""
+
+    def __init__(self, layers, channels):
+        super().__init__()
+        self.heads = max(1, channels // 32)
+        while channels % self.heads:
+            self.heads -= 1
+        self.norm = layers.norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x):
+        batch, channels, *size = x.shape
+        qkv = self.qkv(self.norm(x))  # (B, 3 C, H, W)
+        qkv = qkv.reshape(batch, 3, self.heads, channels // self.heads, -1)
+        q, k, v = qkv.transpose(-1, -2).unbind(dim=1)  # (B, heads, H W, C / heads) each
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
+        return x + self.proj(attended.reshape(batch, channels, *size))
+
+    def fold(self):
+        """Fuse the BatchNorm into the layer after it; for eval mode only."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            gain = self.norm.weight * torch.rsqrt(self.norm.running_var + self.norm.eps)
+            offset = self.norm.bias - gain * self.norm.running_mean
+            self.qkv.bias += self.qkv.weight.flatten(1) @ offset
+            self.qkv.weight *= gain[:, None, None]
+            self.norm = nn.Identity()
 
 
-def chosen_labels(model, classes, text):
-    """The class numbers that `text`, such as "3" or "cat,dog", means; None when it is None.
+class NoiseEmbedding(nn.Module):
+    """Embed log_snr, 0-d or (B,), and label (B,) or None -> (size,) or (B, size).
 
-    Raises ValueError for a class that there is not, or a model that is told of none."""
-    if text is None:
-        return None
-    if not model.classes:
-        raise ValueError(
-            "--label needs a model that was trained with --conditional; this one was not"
+    The last row of the label table, number `num_classes`, is the null label of CFG."""
+
+    def __init__(self, size, activation, num_classes=0):
+        super().__init__()
+        n = size // 4
+        # periods from 3 to 125 in log-SNR: slow ones tell where, fast ones tell neighbors apart
+        frequencies = torch.logspace(math.log10(0.05), math.log10(2.0), n)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * n, size), activation, nn.Linear(size, size), activation
         )
-    numbers = {str(i): i for i in range(len(classes))} | {name: i for i, name in enumerate(classes)}
-    words = [text] if text in numbers else [word.strip() for word in text.split(",")]
-    for word in words:
-        if word not in numbers:
-            raise ValueError(f"--label {word}: expected some of {', '.join(classes)}")
-    return [numbers[word] for word in words]
+        self.num_classes = num_classes
+        if num_classes:
+            self.label = nn.Embedding(num_classes + 1, 2 * n)
+
+    def forward(self, log_snr, label=None):
+        angle = log_snr.clamp(-MAX_LOG_SNR, MAX_LOG_SNR)[..., None] * self.frequencies
+        features = torch.cat([angle.sin(), angle.cos()], dim=-1)  # (2 n,) or (B, 2 n)
+        if self.num_classes:
+            if label is None:
+                label = torch.full_like(log_snr, self.num_classes, dtype=torch.long)
+            features = features + self.label(label)
+        return self.mlp(features)
 
 
-def denoiser(
-    model,
-    label=None,
-    clip="static",
-    guidance=None,
-    guidance_interval=None,
-    guidance_rescale=0.0,
-    guide=None,
-):
-    """The model's `denoise`, (xt, log_snr (B,)) -> x0_hat, guided and clipped. guidance: None is
-    none; by `guide`, a weaker model, or else by the model itself without its label."""
+class ReverseNetwork(nn.Module):
+    """What the U-Net and the MLP share: how they are folded, and which weights Muon trains."""
 
-    def denoise(xt, log_snr):
-        return model.denoise(xt, log_snr, label)
+    def fold_for_inference(self, dtype):
+        """Fuse every BatchNorm and cast the weights to dtype, in place; for eval mode only."""
+        for module in list(self.modules()):
+            if isinstance(module, (Block, Attention)):
+                module.fold()
+        for child in self.children():
+            if child is not self.embedding:  # its frequencies would lose their digits
+                child.to(dtype)
 
-    if guidance is None:
-        return clipped(denoise, clip)
+    def scale_invariant_weights(self):
+        """Return the weights that a norm follows: the loss does not depend on their scale."""
+        weights = []
+        for module in self.modules():
+            if isinstance(module, Block) and not isinstance(module.norm1, nn.Identity):
+                weights += [module.layer1.weight, module.layer2.weight]
+        return weights
 
-    def weak(xt, log_snr):
-        return guide.denoise(xt, log_snr, label) if guide else model.denoise(xt, log_snr)
-
-    interval = guidance_interval or (-math.inf, math.inf)
-    return clipped(guided(denoise, weak, guidance, interval, guidance_rescale), clip)
-
-
-@torch.no_grad()
-def generate(
-    model,
-    indices,
-    seed=0,
-    label=None,
-    *,
-    sampler="ddim",
-    steps=10,
-    spacing="trailing",
-    eta=0.0,
-    churn=0.0,
-    xt=None,
-    grid=None,
-    project=None,
-    **rest,
-):
-    """The states, as `sample` yields them, of the samples numbered `indices` (B,): sample i is a
-    function of (seed, i) alone, whatever the batch. label: (B,) on the model's device, or None. xt,
-    grid, project: as for `sample`, in place of pure noise, the schedule's grid, and nothing. rest:
-    of `denoiser`."""
-    indices = indices.to(next(model.parameters()).device)
-    draws = itertools.count()
-    if xt is None:
-        xt = normal(seed, "start", 0, indices, model.event)
-    if grid is None:
-        grid = model.schedule.grid(steps, spacing)
-    yield from sample(
-        denoiser(model, label, **rest),
-        xt,
-        grid,
-        sampler,
-        lambda: normal(seed, "step", next(draws), indices, model.event),
-        churn * (len(grid) - 1) / steps,  # a part of the way is churned as it is in the whole
-        project,
-        **({"eta": eta} if sampler == "ddim" else {}),
-    )
+    def apply_stage(self, stage, x, embedding):
+        for module in stage:
+            x = module(x, embedding) if isinstance(module, Block) else module(x)
+        return x
 
 
-def final(states):
-    """x0 (B, *event), of the last state; the others are forgotten as they pass."""
-    x0 = None
-    for _, x0, _ in states:  # noqa: B007
-        pass
-    return x0
+def init_weights(network, out_layer, init, negative_slope):
+    """Initialize every weight.
+
+    `kaiming` keeps the variance through LeakyReLU (He et al. 2015), `xavier` is Glorot & Bengio
+    2010. Both start residual branches, FiLM and the output at zero, so that the network begins as
+    its skip connections (Goyal et al. 2017). `default` is PyTorch's own initialization."""
+    if init == "default":
+        return
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            if init == "kaiming":
+                nn.init.kaiming_normal_(module.weight, a=negative_slope, nonlinearity="leaky_relu")
+            else:
+                nn.init.xavier_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, Block):
+            has_norm = not isinstance(module.norm2, nn.Identity)
+            nn.init.zeros_((module.norm2 if has_norm else module.layer2).weight)
+            nn.init.zeros_(module.film.weight)
+        elif isinstance(module, Attention):
+            nn.init.zeros_(module.proj.weight)
+            nn.init.zeros_(module.proj.bias)
+    nn.init.zeros_(out_layer.weight)
+
+
+class UNet(ReverseNetwork):
+    """A U-Net for images of any size: (B, C, H, W), log_snr, label -> (B, C, H, W)."""
+
+    def __init__(
+        self,
+        event,  # (C, H, W)
+        num_classes=0,  # labels that the network is told; 0: unconditional
+        channels_base=32,  # channels of the first resolution
+        blocks_per_level=3,
+        channel_mult=(1, 2),  # channels of each resolution, in units of channels_base
+        patch_size=1,  # the input is pixel-unshuffled by it
+        attention_resolutions=(),  # feature-map sizes with self-attention
+        init="xavier",
+        negative_slope=0.01,
+        **options,  # norm, activation, dropout: of Layers
+    ):
+        super().__init__()
+        layers = Layers(dims=2, negative_slope=negative_slope, **options)
+        self.event = tuple(event)
+        self.patch_size = patch_size
+        self.stride = patch_size * 2 ** (len(channel_mult) - 1)  # H, W are padded to a multiple
+        self.embedding = NoiseEmbedding(4 * channels_base, layers.activation, num_classes)
+        side = -(-min(event[1:]) // self.stride) * self.stride // patch_size
+        resolutions = [side // 2**i for i in range(len(channel_mult))]
+        if set(attention_resolutions) - set(resolutions):
+            raise ValueError(
+                f"attention_resolutions={list(attention_resolutions)}: the feature maps here have "
+                f"{', '.join(map(str, resolutions))} pixels on their shorter side"
+            )
+
+        def stage(c_in, c_out, resolution):
+            modules = [Block(layers, c_in, c_out, 4 * channels_base)]
+            for _ in range(blocks_per_level - 1):
+                modules.append(Block(layers, c_out, c_out, 4 * channels_base))
+            if resolution in attention_resolutions:
+                modules.append(Attention(layers, c_out))
+            return nn.ModuleList(modules)
+
+        channels = [channels_base * m for m in channel_mult]  # of each resolution
+        pixels = event[0] * patch_size**2
+        self.conv_in = nn.Conv2d(pixels, channels[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, c in enumerate(channels):
+            self.down.append(stage(channels[max(i - 1, 0)], c, resolutions[i]))
+        self.up = nn.ModuleList()
+        for i in reversed(range(len(channels) - 1)):  # what comes from below, and the skip
+            self.up.append(stage(channels[i + 1] + channels[i], channels[i], resolutions[i]))
+        self.conv_out = nn.Conv2d(channels[0], pixels, 3, padding=1)
+        init_weights(self, self.conv_out, init, negative_slope)
+
+    def forward(self, x_t, log_snr, label=None):
+        dtype = self.conv_in.weight.dtype  # float32, or bf16 after folding
+        embedding = self.embedding(log_snr, label).to(dtype)
+        height, width = x_t.shape[-2:]
+        padding = (0, -width % self.stride, 0, -height % self.stride)
+        x = F.pad(x_t.to(dtype), padding, mode="replicate")
+        x = self.conv_in(F.pixel_unshuffle(x, self.patch_size))
+        skips = []
+        for i, stage in enumerate(self.down):
+            if i > 0:
+                x = F.avg_pool2d(x, 2)
+            x = self.apply_stage(stage, x, embedding)
+            skips.append(x)
+        skips.pop()
+        for stage in self.up:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            x = torch.cat([x, skips.pop()], dim=1)
+            x = self.apply_stage(stage, x, embedding)
+        return F.pixel_shuffle(self.conv_out(x), self.patch_size)[..., :height, :width]
+
+
+class MLP(ReverseNetwork):
+    """A residual network for points: (B, D), log_snr, label -> (B, D).
+
+    It also sees Fourier features of each coordinate, by which it tells close points apart
+    (Kingma et al. 2021, section 5.3)."""
+
+    def __init__(
+        self,
+        event,  # (D,)
+        num_classes=0,
+        channels_base=128,  # width of every hidden layer
+        blocks_per_level=4,
+        init="xavier",
+        negative_slope=0.01,
+        norm="batch",
+        activation="leaky_relu",
+        dropout=0.0,
+        **_,  # what only a U-Net has
+    ):
+        super().__init__()
+        layers = Layers(0, norm, activation, negative_slope, dropout)
+        self.event = tuple(event)
+        self.embedding = NoiseEmbedding(channels_base, layers.activation, num_classes)
+        frequencies = math.pi * 2.0 ** torch.arange(FOURIER_FEATURES)
+        self.register_buffer("frequencies", frequencies, persistent=False)
+        self.proj_in = nn.Linear(event[0] * (1 + 2 * FOURIER_FEATURES), channels_base)
+        self.blocks = nn.ModuleList()
+        for _ in range(blocks_per_level):
+            self.blocks.append(Block(layers, channels_base, channels_base, channels_base))
+        self.proj_out = nn.Linear(channels_base, event[0])
+        init_weights(self, self.proj_out, init, negative_slope)
+
+    def forward(self, x_t, log_snr, label=None):
+        angle = x_t[..., None] * self.frequencies  # (B, D, 6)
+        # damp each frequency by its mean over the noise, exp(-sigma^2 f^2 / 2)
+        sigma2 = torch.sigmoid(-log_snr)[..., None]
+        damping = torch.exp(-0.5 * sigma2 * self.frequencies**2)[..., None, :]  # (1, 6), (B, 1, 6)
+        sin = (angle.sin() * damping).flatten(1)  # (B, 6 D)
+        cos = (angle.cos() * damping).flatten(1)
+        dtype = self.proj_in.weight.dtype
+        x = self.proj_in(torch.cat([x_t, sin, cos], dim=1).to(dtype))
+        embedding = self.embedding(log_snr, label).to(dtype)
+        return self.proj_out(self.apply_stage(self.blocks, x, embedding))
+
+
+# A network of one's own: anything called as f(event, num_classes, **options) that returns an
+# nn.Module; options are the fields of Config that UNet takes, so it names what it needs and **_.
+# The module maps x_t (B, *event) and log_snr, 0-d or (B,), both float32, and label, (B,) int64 or
+# None (no label; the number num_classes is the null label), to a tensor like x_t. Optional methods:
+#   fold_for_inference(dtype)  fuse norms and cast in place; without it: float32, nothing fused
+#   scale_invariant_weights()  2-d or 4-d weights that a norm follows, for Muon; without it: AdamW
+# Any BatchNorm in it gets fresh statistics under the EMA weights; any nn.Dropout serves MC dropout.
+NETWORKS = {"unet": UNet, "mlp": MLP}

@@ -1,290 +1,307 @@
-"""One training step; EMA; BatchNorm under the EMA weights; what a run must remember."""
+"""Training: one step in one piece, EMA, BatchNorm under the EMA weights, and the loop."""
 
 import copy
-import dataclasses
+import math
+import time
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
-from ddp.checkpoint import FORMAT, provenance
-from ddp.config import LR_SCHEDULES
-from ddp.data import to_float
-from ddp.forward import diffuse, draw_seed, normal, uniform
-from ddp.likelihood import prior_term, reconstruction_term
-from ddp.loss import denoising
-from ddp.model import DiffusionModel
-from ddp.muon import Muon
-from ddp.network import Block
-from ddp.profiling import part
+from ddp.forward import q_sample
+from ddp.learned_schedule import backward_through_schedule
+from ddp.loss import denoising_loss
+from ddp.model import build_model
+from ddp.noise_dist import build_noise_dist
+from ddp.optim import build_optimizers
+from ddp.rng import derive_seed, normal, uniform
 
-STATISTICS_BATCHES = 8  # of STATISTICS_ITEMS each, to recompute BatchNorm's statistics
-STATISTICS_ITEMS = {True: 512, False: 8192}  # is_image: a picture has many positions, a point one
-# Muon's step in units of --lr. A normalisation cancels the scale of the weights before it, so only
-# the step relative to their size counts (van Laarhoven 2017).
-MUON_LR = 320.0
-SCHEDULE_LR = 30.0  # a learned schedule's step in units of --lr: its ends are tens of nats apart
-ENDS_ITEMS = 64  # of a batch, on which the ends of a learned schedule are trained
+LR_SCHEDULES = {  # progress in [0, 1] -> factor on lr
+    "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
+    "linear": lambda p: 1 - p,
+    "constant": lambda p: 1.0,
+}
+BN_BATCHES = 8  # to recompute BatchNorm's statistics
+BN_BATCH_IMAGES, BN_BATCH_POINTS = 512, 8192  # an image has many positions, a point one
 TEST_ITEMS, TEST_BATCH = 2000, 500
 
 
-class Trainer:
-    """A model in training: raw weights, their exponential moving average, optimiser, and how far it
-    is (`step`, `seconds`, `best` test loss). precision: `fp32`, `bf16` or `fp16`."""
+@dataclass(frozen=True)
+class StepStats:
+    """What a training step has to tell."""
 
-    def __init__(self, config, dataset, device="cpu", precision="fp32"):
-        self.device, self.precision = torch.device(device), precision
+    step: int  # steps done, this one included
+    epoch: float  # passes over the training items
+    loss: torch.Tensor  # 0-d, the mean over the batch; on a GPU not yet waited for
+    grad_norm: torch.Tensor  # 0-d, before clipping
+    lr: float
+    progress: float = 0.0  # fraction of the run that is done; 1 is its end
+    previous_progress: float = 0.0  # the same after the step before
+
+
+class Trainer:
+    """A model in training: raw weights, their EMA, optimizers, and how far it is.
+
+    Attributes: `model` (raw weights) and `ema`, two DiffusionModels; `step`; `seconds` of training;
+    `best`, the least test loss so far; `bn_fresh_at_step`, when BatchNorm was last recalibrated."""
+
+    def __init__(
+        self,
+        config,  # a Config
+        dataset,  # a data.Dataset
+        device="cpu",
+        precision="fp32",  # compute dtype: fp32, bf16 or fp16
+    ):
+        config = config.resolve(dataset)
+        self.config = config
+        self.device = torch.device(device)
+        self.precision = precision
+        self.dataset = dataset
         if self.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self.device)
-            if 4 * dataset.train.nbytes < free:  # so that no batch has to travel
-                dataset = dataclasses.replace(dataset, train=dataset.train.to(self.device))
-        self.config, self.dataset = config, dataset
-        self.step, self.seconds, self.best = 0, 0.0, None
-        self.averaged = None  # the step at which the EMA model's statistics were recomputed
+            free_bytes, _ = torch.cuda.mem_get_info(self.device)
+            if 4 * dataset.train.nbytes < free_bytes:
+                self.dataset = dataset.to(self.device)  # so that no batch has to travel
+        self.step = 0
+        self.seconds = 0.0
+        self.best = None
+        self.bn_fresh_at_step = None
         torch.manual_seed(config.seed)
-        classes = len(dataset.classes) if config.conditional else 0
-        self.model = DiffusionModel(config, dataset.event, classes).to(self.device)
+        num_classes = len(dataset.classes) if config.class_cond else 0
+        self.model = build_model(config, dataset.event, num_classes).to(self.device)
         if dataset.is_image:
             self.model.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if config.compile:
             self.model.network.compile(dynamic=False)
-        blocks = [m for m in self.model.modules() if isinstance(m, Block)]
-        by_muon = blocks if config.optimizer == "muon" else []
-        hidden = [w for b in by_muon for w in b.normalised_weights()]
-        taken = {id(weight) for weight in hidden}
-        plain = [p for p in self.model.network.parameters() if id(p) not in taken]
-        groups, self.scales = [{"params": plain}], [1.0, MUON_LR]
-        if list(self.model.schedule.parameters()):
-            groups.append({"params": list(self.model.schedule.parameters()), "weight_decay": 0.0})
-            self.scales.insert(1, SCHEDULE_LR)
-        if config.levels == "importance":  # one memory of the losses for both
-            self.ema.schedule.squares = self.model.schedule.squares
-        self.optimizers = [
-            torch.optim.AdamW(
-                groups,
-                betas=(0.9, 0.99),
-                weight_decay=config.weight_decay,
-                fused=self.device.type in ("cpu", "cuda"),
-            )
-        ]
-        if hidden:
-            self.optimizers.append(Muon(hidden))
+        dropout_layers = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p]
+        self.has_dropout = bool(dropout_layers)
+        self.noise_dist = build_noise_dist(config.noise_dist, self.model.schedule)
+        self.noise_dist_learns = hasattr(self.noise_dist, "update")  # from the loss: importance
+        self.optimizers, self.lr_scales = build_optimizers(
+            self.model, config.optimizer, config.weight_decay
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
-    def describe(self):
-        count = sum(p.numel() for p in self.model.parameters())
-        return f"network: {count:,} parameters on {self.device}, trained in {self.precision}"
+    @property
+    def num_params(self):
+        return sum(p.numel() for p in self.model.parameters())
 
     def autocast(self):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
-    def loss(self, model, x0, label, step, stream):
-        """The loss of each item, (B,), at levels and with noise keyed by (seed, stream, step)."""
-        log_snr, weight = self.levels(model, len(x0), step, stream)
-        return weight * self.unweighted(model, x0, label, log_snr, step, stream)
+    # ---- the step ----
 
-    def levels(self, model, count, step, stream):
-        """log_snr and weight, each (count,), keyed by (seed, stream, step); see Schedule.levels."""
-        u = uniform(self.config.seed, stream, step, torch.arange(count))
-        log_snr, weight = model.schedule.levels(u, self.config.weighting == "bound")
-        return tuple(v.to(self.device, non_blocking=True) for v in (log_snr, weight))
-
-    def unweighted(self, model, x0, label, log_snr, step, stream):
-        """The loss of each item, (B,), at log_snr (B,), before the weight of its level is drawn."""
-        with part("batch"):
-            x0 = x0.to(self.device, non_blocking=True)
-            indices = torch.arange(len(x0), device=self.device)
-            eps = normal(self.config.seed, stream, step, indices, model.event)
-            xt = diffuse(x0, log_snr, eps)
-        with part("forward"), self.autocast():
-            label = label.to(self.device, non_blocking=True) if model.classes else None
-            x0_hat = model.denoise(xt, log_snr, label)
-        return denoising(x0_hat, x0, log_snr, self.config.weighting, self.config.loss)
-
-    def training_batch(self, step, size, copies=1):
-        """x0 and label of `size` items, each `copies` times, to be noised each time anew; some
-        labels are hidden when the model is conditional."""
-        x0, label = self.dataset.batch(self.config.seed, step, size)
-        x0 = x0.repeat(copies, *[1] * (x0.ndim - 1))
-        if self.config.conditional:
-            u = uniform(self.config.seed, "label", step, torch.arange(len(x0)))
-            label = label.repeat(copies).where(u >= self.config.label_dropout, self.model.classes)
-        return x0, label
-
-    def train_step(self, progress):
-        """One optimiser step, `progress` in [0, 1] of the way through the run.
-
-        Returns (epoch, loss, gradient norm, learning rate); loss and norm are 0-d tensors."""
+    def train_step(self, lr_progress):
+        """Take one optimizer step, at lr_progress in [0, 1] of the run; return its StepStats."""
         config = self.config
-        warm = min(1.0, (self.step + 1) / (config.warmup + 1))
-        lr = config.lr * warm * LR_SCHEDULES[config.lr_schedule](progress)
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        for group, scale in zip(groups, self.scales, strict=False):
-            group["lr"] = lr * scale
+        lr = self.set_lr(lr_progress)
         self.model.train()
         total = 0.0
         for i in range(config.grad_accumulation):
-            batch = self.step * config.grad_accumulation + i
-            with part("batch"):
-                if config.dropout:  # it is positional, too
-                    torch.manual_seed(draw_seed(config.seed, batch))
-                x0, label = self.training_batch(batch, config.batch_size, config.noise_draws)
-            total = total + self.backward(x0, label, batch) / config.grad_accumulation
-        with part("optimiser"):
-            norm = self.update()
+            k = self.step * config.grad_accumulation + i  # the batch's number in the run
+            with record_function("part batch"):
+                if self.has_dropout:  # it is keyed by position, too
+                    torch.manual_seed(derive_seed(config.seed, "dropout", k))
+                x0, label = self.training_batch(k, config.batch_size, config.noise_copies)
+                log_snr, weight = self.sample_log_snr(k, len(x0))  # (B,), (B,)
+                eps = self.eps(k, x0)  # (B, *event)
+                x_t = q_sample(x0, log_snr, eps)  # (B, *event)
+            with record_function("part forward"), self.autocast():
+                x0_hat = self.model.denoise(x_t, log_snr, label)  # (B, *event)
+            loss = denoising_loss(x0_hat, x0, log_snr, config.weighting, config.loss)  # (B,)
+            total = total + self.backward((weight * loss).sum(), len(x0))
+            if self.noise_dist_learns:
+                self.noise_dist.update(self.model.schedule, log_snr, weight * loss)
+            if self.model.schedule.network is not None:
+                backward_through_schedule(self, k, x0, log_snr, loss)
+        grad_norm = self.optimizer_step()
         items = self.step * config.grad_accumulation * config.batch_size
-        return items / len(self.dataset.train), total, norm, lr
+        return StepStats(self.step, items / len(self.dataset.train), total, grad_norm, lr)
 
+    def set_lr(self, lr_progress):
+        """Set the learning rate of every parameter group, and return that of AdamW."""
+        config = self.config
+        warmup_factor = min(1.0, (self.step + 1) / (config.warmup + 1))
+        lr = config.lr * warmup_factor * LR_SCHEDULES[config.lr_schedule](lr_progress)
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group, scale in zip(groups, self.lr_scales, strict=True):
+            group["lr"] = lr * scale
+        return lr
+
+    def training_batch(self, k, size, noise_copies=1):
+        """Return x0 (B, *event) and label (B,) or None of batch k, on the device.
+
+        B = size * noise_copies: each copy of an item gets its own noise. Labels are dropped with
+        probability label_dropout, for CFG."""
+        x0, label = self.dataset.batch(self.config.seed, k, size)
+        x0 = x0.repeat(noise_copies, *[1] * (x0.ndim - 1))
+        x0 = x0.to(self.device, non_blocking=True)
+        if not self.model.num_classes:
+            return x0, None
+        u = uniform(self.config.seed, "label_dropout", k, torch.arange(len(x0)))
+        kept = u >= self.config.label_dropout
+        label = label.repeat(noise_copies).where(kept, self.model.num_classes)
+        return x0, label.to(self.device, non_blocking=True)
+
+    def draw_levels(self, k, count, purpose="train", schedule=None):
+        """Return log_snr and weight, (count,) each, as functions of the schedule's parameters."""
+        u = uniform(self.config.seed, f"{purpose}_log_snr", k, torch.arange(count))
+        schedule = schedule or self.model.schedule
+        log_snr, weight = self.noise_dist(schedule, u, self.config.weighting == "vlb")
+        log_snr = log_snr.to(self.device, non_blocking=True)
+        return log_snr, weight.to(self.device, non_blocking=True)
+
+    def sample_log_snr(self, k, count):
+        """Return the noise levels of batch k and their weights, (count,) each, as constants."""
+        log_snr, weight = self.draw_levels(k, count)
+        trained = self.model.schedule.network is not None  # then log_snr.grad is wanted
+        return log_snr.detach().requires_grad_(trained), weight.detach()
+
+    def eps(self, k, x0, purpose="train"):
+        """Return the noise of batch k, N(0, I) like x0."""
+        indices = torch.arange(len(x0), device=self.device)
+        return normal(self.config.seed, f"{purpose}_eps", k, indices, self.model.event)
+
+    @record_function("part backward")
+    def backward(self, loss_sum, count):
+        """Add the gradients of the mean loss of a batch, and return its part of the step's loss."""
+        accumulation = self.config.grad_accumulation
+        self.scaler.scale(loss_sum * (1 / (count * accumulation))).backward()
+        return loss_sum.detach() / count / accumulation
+
+    @record_function("part optimizer")
     @torch.no_grad()
-    def update(self):
-        """Move the weights by their gradients, and their average after them -> the gradients' norm,
-        0-d."""
+    def optimizer_step(self):
+        """Unscale, clip, step the optimizers, update the EMA; return the gradient norm, 0-d."""
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        weights = list(self.model.network.parameters())
-        norm = nn.utils.get_total_norm([w.grad for w in weights if w.grad is not None])
+        params = list(self.model.network.parameters())
+        grad_norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
         if self.config.grad_clip:  # a limit of inf would make NaN of a norm of inf
-            nn.utils.clip_grads_with_norm_(weights, self.config.grad_clip, norm)
+            nn.utils.clip_grads_with_norm_(params, self.config.grad_clip, grad_norm)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
         self.model.zero_grad()
         self.step += 1
-        # a young average forgets faster: it would hold on to the start for the whole of a short run
+        # EMA with warm-up: the start must not weigh on the whole of a short run
         decay = min(self.config.ema_decay, self.step / (self.step + 9))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
-        return norm
+        return grad_norm
 
-    def backward(self, x0, label, batch):
-        """Add the gradients of one batch -> its mean loss, 0-d."""
-        schedule, share = self.model.schedule, 1 / (len(x0) * self.config.grad_accumulation)
-        log_snr, weight = self.levels(self.model, len(x0), batch, "train")
-        drawn = log_snr.detach().requires_grad_(schedule.network is not None)
-        items = self.unweighted(self.model, x0, label, drawn, batch, "train")
-        loss = (weight.detach() * items).sum()
-        with part("backward"):
-            self.scaler.scale(loss * share).backward()
-        items, slope = items.detach(), drawn.grad
-        if schedule.sampling == "importance":
-            schedule.observe(log_snr, weight * items)
-        if schedule.network is None:
-            return loss.detach() / len(x0)
-        # What lies between its ends does not change the mean of the bound's estimate, only its
-        # square, and is trained to lower that; the ends are trained on the bound itself. Kingma et
-        # al. 2021, section 5.1 and appendix I.2.
-        inner = [p for p in schedule.parameters() if p is not schedule.network.ends]
-        ways = [slope, self.scaler.scale(items * share)]
-        twice = [2 * weight.detach() * items * way for way in ways]
-        torch.autograd.backward([log_snr, weight], twice, inputs=inner, retain_graph=True)
-        rest = self.scaler.scale(self.ends_loss(x0[:ENDS_ITEMS].to(self.device), batch))
-        torch.autograd.backward(
-            [log_snr, weight, rest / self.config.grad_accumulation],
-            [*ways, None],
-            inputs=[schedule.network.ends],
-        )
-        return loss.detach() / len(x0)
+    # ---- the EMA model ----
 
-    def ends_loss(self, x0, step):
-        """The bound's prior and reconstruction terms, nats a dimension, 0-d; the latter of xt /
-        alpha, as in Kingma et al. 2021, so that it costs no network evaluation."""
-        schedule, size = self.model.schedule, x0[0].numel()
-        clean, noisy = (schedule.log_snr(t).float() for t in (0.0, 1.0))
-        indices = torch.arange(len(x0), device=self.device)
-        # of labels only uniform numbers are drawn: the normal ones of that stream are free
-        eps = normal(self.config.seed, "label", step, indices, self.model.event)
-        x0_hat = x0 + torch.exp(-0.5 * clean) * eps
-        clean = clean.expand(len(x0))
-        terms = reconstruction_term(x0, x0_hat, clean, self.dataset.is_image)
-        return (terms + prior_term(x0, noisy)).mean() / size
-
-    def memory(self):
-        """Bytes that training takes, by what they are for, a dict; measured in a step, which is
-        done."""
-        saved = {}
-
-        def keep(tensor):
-            storage = tensor.untyped_storage()
-            saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            self.train_step(0.0)
-        weights = [p.untyped_storage() for p in self.model.parameters()]
-        states = [s for optimizer in self.optimizers for s in optimizer.state.values()]
-        moments = [v for s in states for v in s.values() if torch.is_tensor(v)]
-        size = sum(w.nbytes() for w in weights)
-        activations = sum(saved.values()) - sum(saved.get(w.data_ptr(), 0) for w in weights)
-        parts = dict.fromkeys(("weights", "their average", "gradients"), size)
-        return parts | {"optimiser": sum(m.nbytes for m in moments), "activations": activations}
+    def ema_loss(self, x0, label, k, purpose):
+        """Return the weighted loss of the EMA model, (B,), at the levels of a purpose."""
+        log_snr, weight = self.draw_levels(k, len(x0), purpose, self.ema.schedule)
+        x_t = q_sample(x0, log_snr, self.eps(k, x0, purpose))
+        with self.autocast():
+            x0_hat = self.ema.denoise(x_t, log_snr, label)
+        loss = denoising_loss(x0_hat, x0, log_snr, self.config.weighting, self.config.loss)
+        return weight * loss
 
     @torch.no_grad()
-    def average(self):
-        """The EMA model, ready to be used: BatchNorm's statistics are recomputed under its weights.
+    def recalibrated_ema(self):
+        """Return the EMA model, its BatchNorm statistics recomputed under the EMA weights.
 
-        The batches are drawn as in training, and the statistics are means over all of them; dropout
-        is off, as it will be when they are used. A function of the weights and the seed alone."""
-        if self.averaged == self.step:
+        EMA weights with the raw model's statistics are a different network. Batches are noised as
+        in training, dropout is off, and the statistics are means over all batches: a function of
+        the weights and the seed alone."""
+        if self.bn_fresh_at_step == self.step:
             return self.ema.eval()
         norms = [m for m in self.ema.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        momenta = [norm.momentum for norm in norms]
         for norm in norms:
             norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
             norm.train()
-            norm.momentum, saved = None, norm.momentum  # None: the mean of all batches
-        for i in range(STATISTICS_BATCHES if norms else 0):
-            x0, label = self.training_batch(i, STATISTICS_ITEMS[self.dataset.is_image])
-            self.loss(self.ema, x0, label, i, "statistics")
-        for norm in norms:
-            norm.momentum = saved
-        self.averaged = self.step
+        size = BN_BATCH_IMAGES if self.dataset.is_image else BN_BATCH_POINTS
+        for k in range(BN_BATCHES if norms else 0):
+            x0, label = self.training_batch(k, size)
+            self.ema_loss(x0, label, k, "bn")
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        self.bn_fresh_at_step = self.step
         return self.ema.eval()
 
     @torch.no_grad()
     def test_loss(self):
-        """The mean loss of the EMA model on test items, at fixed levels with fixed noise. Its
-        BatchNorm statistics must be fresh: call average first."""
-        dataset, total = self.dataset, 0.0
-        items = torch.arange(min(len(dataset.test), TEST_ITEMS))
-        for i, which in enumerate(items.split(TEST_BATCH)):
-            x0 = to_float(dataset.test[which])
-            label = dataset.test_labels[which] if self.model.classes else None
-            total += self.loss(self.ema, x0, label, i, "test").sum().item()
+        """Return the mean loss of the EMA model on test items, at fixed levels with fixed noise.
+
+        Call `recalibrated_ema` first."""
+        total = 0.0
+        items = torch.arange(min(len(self.dataset.test), TEST_ITEMS))
+        for k, indices in enumerate(items.split(TEST_BATCH)):
+            x0, label = self.dataset.test_batch(indices)
+            label = label.to(self.device) if self.model.num_classes else None
+            total += self.ema_loss(x0.to(self.device), label, k, "test").sum().item()
         return total / len(items)
 
-    def state(self):
-        """What a run must remember, as a checkpoint's dict (see ddp.checkpoint)."""
+    # ---- the run ----
+
+    def run(self):
+        """Train from the current step to the end, yielding StepStats after every step."""
+        num_steps = self.config.num_steps(len(self.dataset.train))  # None: max_minutes governs
+        limit = 60 * (self.config.max_minutes or math.inf)  # in seconds
+        started = time.monotonic() - self.seconds
+
+        def progress():
+            self.seconds = time.monotonic() - started
+            by_time = self.seconds / limit
+            by_steps = self.step / num_steps if num_steps else 0.0
+            # the lr follows the steps where they are known, so that a resumed run is the same run
+            lr_progress = min(by_steps if num_steps else by_time, 1.0)
+            return lr_progress, max(by_steps, by_time)
+
+        lr_progress, now = progress()
+        while now < 1:
+            stats = self.train_step(lr_progress)
+            previous = now
+            lr_progress, now = progress()
+            yield replace(stats, progress=now, previous_progress=previous)
+
+    def state_dict(self):
+        """Return what a run must remember, as plain types and tensors."""
         return {
-            "format": FORMAT,
             "step": self.step,
-            "config": dataclasses.asdict(self.config),
-            "event": list(self.model.event),
-            "classes": list(self.dataset.classes),
-            "provenance": provenance(self.dataset),
             "ema": self.ema.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
+            "noise_dist": self.noise_dist.state_dict() if self.noise_dist_learns else {},
             "best": self.best,
             "seconds": self.seconds,
         }
 
-    def load(self, state):
-        """Go on from a checkpoint's dict. Raises OSError when it was trained on other data, or does
-        not fit."""
-        theirs, ours = state["provenance"].get("fingerprint"), self.dataset.fingerprint
-        if theirs != ours:
-            raise OSError(
-                f"the run was trained on data {theirs}, this is {ours}; "
-                "give --data_dir the folder that it was trained on"
-            )
-        self.averaged = None
-        try:
-            self.ema.load_state_dict(state["ema"])
-            self.model.load_state_dict(state["model"])
-            self.scaler.load_state_dict(state["scaler"])
-            for optimizer, saved in zip(self.optimizers, state["optimizer"], strict=True):
-                optimizer.load_state_dict(saved)
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise OSError(f"the checkpoint does not fit its own config ({reason})") from None
-        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
+    def load_state_dict(self, state):
+        """Go on from what `state_dict` returned."""
+        self.ema.load_state_dict(state["ema"])
+        self.model.load_state_dict(state["model"])
+        self.scaler.load_state_dict(state["scaler"])
+        for optimizer, saved in zip(self.optimizers, state["optimizer"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.noise_dist_learns:
+            self.noise_dist.load_state_dict(state["noise_dist"])
+        self.step = state["step"]
+        self.best = state["best"]
+        self.seconds = state["seconds"]
+        self.bn_fresh_at_step = None
+
+
+def train(
+    config,  # a Config
+    dataset,  # a data.Dataset
+    callback=None,  # (trainer, StepStats) -> True to stop; called after every step
+    device="cpu",
+    precision="fp32",
+):
+    """Train a model from the start to the end of its run, and return the Trainer.
+
+    Its model, ready to be sampled from, is `trainer.recalibrated_ema()`."""
+    trainer = Trainer(config, dataset, device, precision)
+    for stats in trainer.run():
+        if callback is not None and callback(trainer, stats):
+            break
+    return trainer

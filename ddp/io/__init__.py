@@ -1,0 +1,1 @@
+"""Files, figures, devices and the command line."""

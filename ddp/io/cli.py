@@ -1,0 +1,232 @@
+"""The command line: flags made from dataclasses, plugins, one line for every error, exit codes."""
+
+import argparse
+import dataclasses
+import importlib.util
+import os
+import signal
+import sys
+
+from ddp.config import OLD_NAMES, OLD_VALUES
+from ddp.editing import EDITS
+from ddp.options import SamplerOptions, image_size, integers
+
+NEW_NAMES = {new: old for old, new in OLD_NAMES.items()}
+# the field of Config at which each topic of the help begins
+TOPICS = {
+    "dataset": "data",
+    "epochs": "length of the run",
+    "lr": "optimization",
+    "schedule": "the forward network",
+    "network": "the reverse network",
+    "prediction": "the objective",
+    "name": "output",
+}
+METAVARS = {int: "N", float: "X", integers: "N,N", image_size: "N or HxW"}
+
+
+def make_parser(description, **options):
+    """Return an ArgumentParser for a script."""
+    return argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python %(prog)s [flags]; --help lists them",
+        allow_abbrev=False,
+        **options,
+    )
+
+
+def add_flag(parser, name, alias=None, **options):
+    """Add --name_of_flag; --name-of-flag and the name of before version 0.2 do the same, hidden."""
+    parser.add_argument(f"--{name}", **options)
+    hidden = options | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
+    hidden.pop("required", None)
+    spellings = {name.replace("_", "-")}
+    if alias:
+        spellings |= {alias, alias.replace("_", "-")}
+    for spelling in sorted(spellings - {name}):
+        parser.add_argument(f"--{spelling}", dest=name, **hidden)
+
+
+def add_plugin_flag(parser):
+    group = parser.add_argument_group("your own parts")
+    help = "a Python file that registers things of your own, run first; may be repeated"
+    add_flag(group, "plugin", action="append", metavar="FILE", help=help)
+
+
+def add_config_flags(parser, config_class, title=None):
+    """Add a flag for each field of a dataclass whose fields are ddp.options.flag."""
+    group = parser.add_argument_group(title) if title else parser
+    for field in dataclasses.fields(config_class):
+        if not title and field.name in TOPICS:
+            group = parser.add_argument_group(TOPICS[field.name])
+        add_flag(group, field.name, NEW_NAMES.get(field.name), **argparse_options(field))
+
+
+def argparse_options(field):
+    """Return the keyword arguments of add_argument for a field."""
+    metadata = field.metadata
+    kind = metadata["kind"]
+    choices = metadata["choices"] and list(metadata["choices"])
+    options = {"help": metadata["help"].replace("%", "%%")}
+    if kind is bool:
+        return options | {"action": "store_true"}
+    if field.default not in (None, dataclasses.MISSING):
+        options["help"] += f" (default: {field.default})"
+    count = metadata["bounds"].get("count", 1)
+    if count > 1:
+        options["nargs"] = count
+    metavar = None if choices else METAVARS.get(kind, "TEXT")
+    old_values = OLD_VALUES.get(field.name)
+    if old_values:
+        kind = old_value_reader(old_values)
+    return options | {"type": kind, "choices": choices, "metavar": metavar}
+
+
+def old_value_reader(old_values):
+    """Return a function that reads a value that has another name since version 0.2."""
+    return lambda text: old_values.get(text, text)
+
+
+def sampler_options(args):
+    """Return the SamplerOptions among parsed flags, in which None means not given."""
+    given = {}
+    for field in dataclasses.fields(SamplerOptions):
+        value = getattr(args, field.name)
+        if value not in (None, False):
+            given[field.name] = value
+    return SamplerOptions(**given)
+
+
+def add_edit_flags(parser):
+    """Add a flag for each of EDITS, of which one may be given, and their options."""
+    group = parser.add_argument_group("editing, one of")
+    edits = group.add_mutually_exclusive_group()
+    for name, edit in EDITS.items():
+        optional = {"nargs": "?", "const": ""} if edit.optional else {}
+        alias = "noise" if name == "latents" else None
+        add_flag(edits, name, alias, metavar="PATH", help=edit.help, **optional)
+    add_flag(edits, "mc_dropout", type=int, metavar="K", help="mean and std of K dropout passes")
+    group = parser.add_argument_group("editing options")
+    add_flag(group, "strength", type=float, help="SDEdit strength in (0, 1]; 1 ignores the input")
+    add_flag(group, "mask", help="of inpaint: an image or array; what is light is filled in")
+    add_flag(group, "jump_length", "jump", type=int, help="RePaint: steps undone (default: 10)")
+    add_flag(group, "jump_n_sample", "resample", type=int, help="RePaint: passes (default: 5)")
+
+
+def edit_options(args):
+    """Return the edit among parsed flags, as keyword arguments of io.edit_inputs.check_edit."""
+    options = {name: getattr(args, name) for name in ("mask", "strength")}
+    options |= {name: getattr(args, name) for name in ("jump_length", "jump_n_sample")}
+    for name in EDITS:
+        if getattr(args, name) is not None:
+            return options | {"name": name, "path": getattr(args, name)}
+    return options | {"name": None, "path": None}
+
+
+def parse_labels(text, model, classes):
+    """Return the class numbers that `text`, such as "3" or "cat,dog", means; None for None.
+
+    Raises ValueError for an unknown class, or a model that is not class-conditional."""
+    if text is None:
+        return None
+    if not model.num_classes:
+        raise ValueError(f"label={text}: needs a model trained with class_cond; this one was not")
+    numbers = {str(i): i for i in range(len(classes))}
+    numbers |= {name: i for i, name in enumerate(classes)}
+    words = [text] if text in numbers else [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in numbers:
+            raise ValueError(f"label={word}: expected some of {', '.join(classes)}")
+    return [numbers[word] for word in words]
+
+
+def require_at_least(args, **bounds):
+    """Raise ValueError when a flag in `args` is below its bound, or above all reason."""
+    for name, bound in bounds.items():
+        value = getattr(args, name)
+        if value is not None and not bound <= value < 2**32:
+            raise ValueError(f"{name}={value}: expected at least {bound}, below 2^32")
+
+
+def reject_if(*reasons):
+    """Raise ValueError with the first message whose condition holds, of (condition, message)."""
+    for condition, message in reasons:
+        if condition:
+            raise ValueError(message)
+
+
+class GracefulStop:
+    """Ctrl-C or SIGTERM asks the loop to stop after this step; a second one stops at once."""
+
+    signal = None  # the number of the signal that came
+
+    def __init__(self, tell):
+        self.tell = tell  # a function of one line of text
+
+    def __enter__(self):
+        self.handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.handlers[number] = signal.signal(number, self)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def __call__(self, number, frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        self.tell("stopping after this step; again to stop at once")
+
+
+def load_plugins(arguments=None):
+    """Run the files given by --plugin, so that what they register can be chosen by a flag."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--plugin", action="append", default=[])
+    for path in parser.parse_known_args(arguments)[0].plugin:
+        if not os.path.isfile(path):
+            raise ValueError(f"plugin={path}: there is no such file")
+        name = os.path.splitext(os.path.basename(path))[0]
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None:
+            raise ValueError(f"plugin={path}: expected a Python file, .py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+
+
+def exit_status(error):
+    """Return (exit code, one line) of what ended a script; what nobody foresaw is raised again.
+
+    A ValueError says that what was asked for cannot be done, an OSError or FloatingPointError that
+    it was tried and failed."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "stopped at once; what was written before stands"
+    if isinstance(error, ValueError):
+        return 2, f"error: {error}"
+    if isinstance(error, (OSError, FloatingPointError)):
+        return 1, f"error: {error}"
+    if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+        reason = " ".join(str(error).split())[:200]
+        return 1, f"error: compile does not work here ({reason}); leave it out"
+    if isinstance(error, RuntimeError) and "memory" in str(error):
+        return 1, f"error: {str(error).splitlines()[0]}; try a smaller batch_size"
+    raise error
+
+
+def command(
+    main,  # (parsed flags) -> exit code
+    parse,  # (arguments or None) -> parsed flags
+    arguments=None,  # default: sys.argv
+):
+    """Run a script -> its exit code: 2 for a wrong flag, 1 for a failed run."""
+    try:
+        load_plugins(arguments)
+        return main(parse(arguments))
+    except (Exception, KeyboardInterrupt) as error:
+        code, line = exit_status(error)
+        script = os.path.basename(sys.modules[main.__module__].__file__)
+        print(f"{script}: {line}", file=sys.stderr)
+        return code

@@ -1,0 +1,60 @@
+"""Device and precision selection."""
+
+import torch
+
+from ddp.optim import has_fast_bf16
+
+
+def select_device(
+    name="auto",  # auto (CUDA, else MPS, else the CPU) or what torch.device takes
+):
+    """The torch.device called `name`, tried out. Raises ValueError when it cannot be used here."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and torch.backends.mps.is_available():
+            name = "mps"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # a build may know a device that this machine lacks
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device={name} cannot be used here ({reason}); use auto or cpu") from None
+    return device
+
+
+def select_precision(
+    name,  # auto (bf16 where it is fast, else fp32), fp32, bf16 or fp16
+    device,
+):
+    """The precision to train in. Raises ValueError for fp16 without a CUDA GPU."""
+    if name == "auto":
+        return "bf16" if has_fast_bf16(device) else "fp32"
+    if name == "fp16" and device.type != "cuda":  # only CUDA's kernels handle its small range well
+        raise ValueError(f"precision=fp16 needs a CUDA GPU, not {device.type}; use bf16 or fp32")
+    return name
+
+
+def sampling_dtype(
+    name,  # fp32, bf16, or None: fp32 if the model was trained in that by choice, else the fastest
+    trained_in,  # the precision of the training's config
+    device,
+):
+    """The torch.dtype in which a model holds its weights when it samples."""
+    if name is None:
+        name = "fp32" if trained_in == "fp32" else "auto"
+    return torch.bfloat16 if select_precision(name, device) == "bf16" else torch.float32
+
+
+def synchronize(device):
+    """Wait until the device has done all that it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def set_tf32(allowed):
+    """Whether float32 products on a CUDA GPU may round their factors to TF32's 10 bits."""
+    precision = "tf32" if allowed else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = precision
+    torch.backends.cudnn.conv.fp32_precision = precision

@@ -1,0 +1,59 @@
+"""The gradient of a learned noise schedule. Kingma et al. 2021, section 5.1 and appendix I.2.
+
+Let f = weight * loss be one item's estimate of the VLB's diffusion term, at a level log_snr(t).
+What the schedule does between its end points cannot change the mean of f, only its variance: it is
+trained to lower E[f^2], whose gradient is E[2 f grad f]. The end points do change the VLB: they
+are trained on it, that is, on f and on the prior and reconstruction terms.
+"""
+
+import torch
+
+from ddp.loss import vlb_prior, vlb_reconstruction
+from ddp.rng import normal
+
+ENDPOINT_ITEMS = 64  # of a batch, for the prior and reconstruction terms
+
+
+def endpoint_loss(schedule, x0, eps, discrete):
+    """Return the VLB's prior and reconstruction terms, in nats a dimension, 0-d.
+
+    The reconstruction is that of x_t / alpha, so it costs no NFE (Kingma et al. 2021)."""
+    clean = schedule.log_snr(0.0).float()
+    noisy = schedule.log_snr(1.0).float()
+    x0_hat = x0 + torch.exp(-0.5 * clean) * eps
+    reconstruction = vlb_reconstruction(x0, x0_hat, clean.expand(len(x0)), discrete)
+    return (reconstruction + vlb_prior(x0, noisy)).mean() / x0[0].numel()
+
+
+def backward_through_schedule(
+    trainer,  # a Trainer, after the network's backward pass
+    k,  # the batch's number
+    x0,  # (B, *event)
+    log_snr,  # (B,), a leaf: log_snr.grad is the scaled gradient of the mean of f
+    loss,  # (B,), before its weight
+):
+    """Add the schedule's gradients to its parameters."""
+    config = trainer.config
+    schedule = trainer.model.schedule
+    scale = trainer.scaler.scale
+    level, weight = trainer.draw_levels(k, len(x0))  # the same once more, with their graph
+    loss = loss.detach()
+    grad_level = log_snr.grad  # of the mean of f
+    grad_weight = scale(loss / (len(x0) * config.grad_accumulation))
+    f = weight.detach() * loss
+    between = [p for p in schedule.parameters() if p is not schedule.network.endpoints]
+    torch.autograd.backward(
+        [level, weight],
+        [2 * f * grad_level, 2 * f * grad_weight],
+        inputs=between,
+        retain_graph=True,
+    )
+    x0 = x0[:ENDPOINT_ITEMS]
+    indices = torch.arange(len(x0), device=x0.device)
+    eps = normal(config.seed, "endpoint", k, indices, trainer.model.event)
+    ends = scale(endpoint_loss(schedule, x0, eps, trainer.dataset.is_image))
+    torch.autograd.backward(
+        [level, weight, ends / config.grad_accumulation],
+        [grad_level, grad_weight, None],
+        inputs=[schedule.network.endpoints],
+    )

@@ -1,0 +1,1 @@
+"""What evaluate.py measures: likelihoods, distances, their uncertainty, and the report."""

@@ -1,0 +1,271 @@
+"""What an evaluation is about: its options, the candidates, and the real items to compare with."""
+
+import dataclasses
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+
+from ddp.config import Config
+from ddp.data import load_dataset, permutation, to_float, to_pixels
+from ddp.data.arrays import load_samples
+from ddp.io.checkpoint import load_model
+from ddp.io.device import sampling_dtype
+from ddp.model import DiffusionModel
+from ddp.options import SamplerOptions, check_fields, flag
+from ddp.sampling import sample
+
+MAX_INT = 2**32 - 1
+
+
+@dataclasses.dataclass
+class EvaluateOptions:
+    """How to measure. What is None is chosen for the data by `resolve`."""
+
+    num_samples: int = flag(
+        2000, "samples to measure, at most as many as real items", at_least=2, at_most=MAX_INT
+    )
+    reference: str = flag(
+        "test", "split of the real items to compare with", choices=("test", "train")
+    )
+    vlb_items: int = flag(2000, "test items for the loss and the VLB", at_least=2, at_most=MAX_INT)
+    vlb_samples: int = flag(
+        None, "noise levels for each (default: 16; points: 64)", int, at_least=1, at_most=MAX_INT
+    )
+    nll_items: int = flag(
+        None,
+        "test items for the ODE NLL (default: 128; points: 2000)",
+        int,
+        at_least=2,
+        at_most=MAX_INT,
+    )
+    dequant_samples: int = flag(
+        4, "dequantizations of each image for the ODE NLL", at_least=1, at_most=MAX_INT
+    )
+    seed: int = flag(0, "seed of noise and samples", at_least=0, at_most=MAX_INT)
+    batch_size: int = flag(250, "items at a time", at_least=1, at_most=MAX_INT)
+    inception_weights: str = flag(
+        None, "weights of the Inception network (default: downloaded)", str
+    )
+
+    def __post_init__(self):
+        check_fields(self)
+
+    def resolve(self, dataset, candidates):
+        """These options with each number chosen for the data, and at most what there is of it."""
+        is_image = dataset.is_image
+        num_items = len(dataset.test)
+        vlb_samples = self.vlb_samples or (16 if is_image else 64)
+        nll_items = self.nll_items or (128 if is_image else 2000)
+        num_samples = min(self.num_samples, len(getattr(dataset, self.reference)))
+        for candidate in candidates:
+            if candidate.samples is not None:
+                num_samples = min(num_samples, len(candidate.samples))
+        return dataclasses.replace(
+            self,
+            num_samples=num_samples,
+            vlb_items=min(self.vlb_items, num_items),
+            vlb_samples=vlb_samples + vlb_samples % 2,  # two halves give the Monte Carlo error
+            nll_items=min(nll_items, num_items),
+        )
+
+
+@dataclasses.dataclass
+class Candidate:
+    """What is measured: a model, or somebody's samples."""
+
+    name: str  # in tables and names of files
+    about: dict  # where it comes from, plain types, for the JSON
+    model: DiffusionModel | None = None  # for likelihoods, in float32; None: samples alone
+    sampling_model: DiffusionModel | None = None  # the same for samples, perhaps in bfloat16
+    sampler_options: dict | None = None  # keyword arguments of ddp.sampling.sample
+    config: Config | None = None  # of the model's training; it names the dataset
+    classes: list | None = None  # that the model was trained on, their names
+    samples: torch.Tensor | None = None  # (N, *event), uint8 pixels or points
+    results: dict = dataclasses.field(default_factory=dict)  # metric -> nested dict of Estimates
+
+    def require_fit(self, dataset):
+        """Raise ValueError unless the model was trained on such data."""
+        same_classes = not self.model.num_classes or dataset.classes == self.classes
+        if dataset.event != self.model.event or not same_classes or len(dataset.test) < 2:
+            raise ValueError(
+                f"the data, {dataset.event} of classes {dataset.classes}, is not what {self.name} "
+                f"was trained on, {self.model.event} of classes {self.classes}, or has too few "
+                "test items"
+            )
+
+
+class Reference:
+    """The real items that samples are compared with, the same for every candidate."""
+
+    def __init__(
+        self,
+        dataset,
+        options,  # an EvaluateOptions
+        device="cpu",  # for networks that measure
+        progress=None,  # (iterable, desc=) -> the same items, such as tqdm
+    ):
+        items, labels, other_items = dataset.test, dataset.test_labels, dataset.train
+        if options.reference == "train":
+            items, labels, other_items = dataset.train, dataset.train_labels, dataset.test
+        self.dataset = dataset
+        self.items, self.labels = fixed_subset(items, labels, options.num_samples)  # (N, *event)
+        self.baseline, _ = fixed_subset(other_items, None, len(self.items))  # as if it were samples
+        self.device = device
+        self.progress = progress or no_progress
+        self.spaces = {}  # feature space -> what is known of these items in it
+
+    @property
+    def baseline_matches(self):
+        """Whether there are as many baseline items: a distance falls with their number."""
+        return len(self.baseline) == len(self.items)
+
+
+def no_progress(iterable, desc=None):
+    return iterable
+
+
+def fixed_subset(items, labels, count):
+    """`count` of the items and their labels, in a random order that is always the same.
+
+    The first ones would not do: a folder is sorted by class."""
+    indices = permutation(0, 0, len(items))[:count]
+    if labels is not None:
+        labels = labels[indices]
+    return items[indices], labels
+
+
+def checkpoint_candidate(
+    path,
+    name=None,  # default: the file's
+    sampling=None,  # a SamplerOptions; default: the sampler's defaults
+    weights="ema",  # or raw
+    device="cpu",
+):
+    """The Candidate of a checkpoint. Raises OSError or ValueError when it cannot be used so."""
+    sampling = sampling or SamplerOptions()
+    model, config, state = load_model(path, weights, device)
+    dtype = sampling_dtype(sampling.precision, config.precision, device)
+    guide = None
+    if sampling.guide_checkpoint:
+        guide = load_model(sampling.guide_checkpoint, "ema", device)[0].for_inference(dtype)
+    options = sampling.resolve(model, guide)
+    about = {
+        "checkpoint": str(Path(path).resolve()),
+        "sha256": file_digest(path),
+        "step": state["step"],
+        "weights": weights,
+        **options,
+        "guide_checkpoint": sampling.guide_checkpoint,
+        "precision": str(dtype).removeprefix("torch."),
+        "provenance": state["provenance"],
+    }
+    del about["guide"]  # a model
+    return Candidate(
+        name or Path(path).stem,
+        about,
+        model=model.for_inference(),
+        sampling_model=model.for_inference(dtype),
+        sampler_options=options,
+        config=config,
+        classes=state["classes"],
+    )
+
+
+def samples_candidate(
+    path,  # .npz, .npy, a folder or a .zip of images
+    event,  # shape of one item
+    name=None,  # default: the file's
+):
+    """The Candidate of samples in files. Raises OSError or ValueError when they cannot be used."""
+    items, summary = load_samples(path, event)
+    about = {"samples": str(Path(path).resolve()), "count": len(items), "summary": summary}
+    if Path(path).is_file():
+        about["sha256"] = file_digest(path)
+    return Candidate(name or Path(path).stem, about, samples=items)
+
+
+def distinct_names(paths):
+    """A name for each path: the file's, the folder's, or the whole path, whichever differ."""
+    stems = [Path(path).stem for path in paths]
+    parents = [Path(path).resolve().parent.name for path in paths]
+    for names in (stems, parents):
+        if len(set(names)) == len(paths):
+            return names
+    return paths
+
+
+def load_candidates(
+    paths,
+    checkpoints,  # those of the paths that are checkpoints; all others are samples
+    dataset_options,  # of load_dataset; without a name the first checkpoint says them
+    sampling,  # a SamplerOptions
+    weights="ema",
+    device="cpu",
+    progress=None,  # of a download, such as tqdm
+):
+    """(candidates, dataset): what lies at the paths, and the data to compare it with."""
+    names = dict(zip(paths, distinct_names(paths), strict=True))
+    candidates = {}
+    for path in checkpoints:
+        candidates[path] = checkpoint_candidate(path, names[path], sampling, weights, device)
+    if checkpoints:
+        dataset_options = candidates[checkpoints[0]].config.data_options() | dataset_options
+    dataset = load_dataset(**dataset_options, progress=progress)
+    for path in paths:
+        if path in candidates:
+            candidates[path].require_fit(dataset)
+        else:
+            candidates[path] = samples_candidate(path, dataset.event, names[path])
+    return [candidates[path] for path in paths], dataset
+
+
+def file_digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def generate_samples(candidate, reference, options):
+    """Samples (N, *event) of a candidate's model: as many as real items, and with their labels."""
+    model = candidate.sampling_model
+    batches = torch.arange(len(reference.items)).split(options.batch_size)
+    parts = []
+    for indices in reference.progress(batches, desc="samples"):
+        label = None
+        if model.num_classes:
+            label = reference.labels[indices].to(model.device)
+        x0 = sample(model, indices, options.seed, label, **candidate.sampler_options)
+        parts.append(to_pixels(x0).cpu())
+    return torch.cat(parts)
+
+
+def iterate_test_set(
+    model,
+    reference,
+    options,
+    name,  # for the progress bar
+    num_items,
+    copies=1,  # in which the model sees each item at the same time
+):
+    """Yield x0 (B, *event), indices (B,) and label (B,) or None of test items, in batches."""
+    dataset = reference.dataset
+    items, labels = fixed_subset(dataset.test, dataset.test_labels, num_items)
+    batches = torch.arange(len(items)).split(max(1, options.batch_size // copies))
+    for indices in reference.progress(batches, desc=name):
+        label = None
+        if model.num_classes:
+            label = labels[indices].to(model.device)
+        yield to_float(items[indices]).to(model.device), indices, label
+
+
+def nats_per_unit(dataset):
+    """Nats in the unit of likelihoods: bits/dim for images (of uint8 data), nats for points."""
+    return math.log(2) * math.prod(dataset.event) if dataset.is_image else 1.0
+
+
+def log_density(dataset, num_items):
+    """The true log-density (N,) in nats of the test items measured; None where it is unknown."""
+    if dataset.log_density is None:
+        return None
+    items, _ = fixed_subset(dataset.test, None, num_items)
+    return dataset.log_density(items)

@@ -1,0 +1,139 @@
+"""Typed options: dataclass fields that know their help, choices and bounds; how samples are drawn.
+
+The flags of the scripts are made from these fields, and a library user gets the same checks.
+"""
+
+import dataclasses
+import math
+from dataclasses import asdict, dataclass, fields
+
+from ddp.sampling import DEFAULT_SAMPLER, SAMPLERS, THRESHOLDS, default_steps
+from ddp.schedule import SPACINGS
+
+MAX_LIST = 8
+
+
+def integers(text):
+    """Parse '4,8' or '4 8' -> [4, 8]."""
+    return [int(word) for word in str(text).replace(",", " ").split()]
+
+
+def image_size(text):
+    """Parse '28' -> [28, 28], '30x45' -> [30, 45] (height x width)."""
+    sides = [int(side) for side in str(text).lower().split("x")]
+    if len(sides) > 2 or min(sides) < 1:
+        raise ValueError
+    return sides * 2 if len(sides) == 1 else sides
+
+
+def flag(default, help, kind=None, choices=None, **bounds):
+    """Return a dataclass field that knows its help, type, choices and bounds.
+
+    bounds: at_least, above, at_most; count, the number of values."""
+    metadata = {"help": help, "kind": kind or type(default), "choices": choices, "bounds": bounds}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def check_fields(options):
+    """Raise ValueError when a field of a dataclass made of `flag`s is out of bounds."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if value is None and field.default is None:
+            continue
+        wanted = expected(field, value)
+        if wanted:
+            raise ValueError(f"{field.name}={value}: expected {wanted}")
+
+
+def expected(field, value):
+    """Return what a field expects, as text, or None when the value is that."""
+    kind = field.metadata["kind"]
+    choices = field.metadata["choices"]
+    bounds = field.metadata["bounds"]
+    count = bounds.get("count", 1)
+    types = {float: (float, int), int: int, str: str, bool: bool}
+    wanted_type = types.get(kind, list) if count == 1 else list
+    if not isinstance(value, wanted_type) or (isinstance(value, bool) and kind is not bool):
+        return f"a value of type {getattr(kind, '__name__', kind)}"
+    if count > 1:
+        finite = all(type(v) in (int, float) and math.isfinite(v) for v in value)
+        return None if len(value) == count and finite else f"{count} finite numbers"
+    if isinstance(value, list):
+        least = 1 if field.default is None else 0
+        positive = all(type(v) is int and v > 0 for v in value)
+        fits = least <= len(value) <= MAX_LIST and positive
+        return None if fits else f"{least} to {MAX_LIST} whole numbers above 0"
+    if choices and value not in choices:
+        return f"one of {', '.join(map(str, choices))}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
+    if "at_least" in bounds and value < bounds["at_least"]:
+        return f"at least {bounds['at_least']}"
+    if "above" in bounds and value <= bounds["above"]:
+        return f"more than {bounds['above']}"
+    if "at_most" in bounds and value > bounds["at_most"]:
+        return f"at most {bounds['at_most']}"
+    return None
+
+
+@dataclass
+class SamplerOptions:
+    """How samples are drawn: what evaluate.py and generate.py share."""
+
+    sampler: str = flag(None, f"sampler (default: {DEFAULT_SAMPLER})", str, SAMPLERS)
+    steps: int = flag(None, "sampling steps (default: per sampler, 20 or 100)", int, at_most=10**6)
+    spacing: str = flag(None, "how sampling steps are spaced in time", str, SPACINGS)
+    eta: float = flag(None, "noise of ddim, 0 (none) to 1 (as ddpm)", float, at_least=0, at_most=1)
+    s_churn: float = flag(0.0, "EDM's S_churn: noise that euler or heun adds", at_least=0)
+    threshold: str = flag(None, "thresholding of x0_hat", str, THRESHOLDS)
+    cfg_scale: float = flag(None, "CFG scale; 1 is none", float, at_least=0, at_most=1e3)
+    guidance_interval: list = flag(None, "guide between two log-SNR, LOW HIGH", float, count=2)
+    guidance_rescale: float = flag(0.0, "rescale to the unguided std", at_least=0, at_most=1)
+    guide_checkpoint: str = flag(None, "autoguidance: a weaker checkpoint to guide away from", str)
+    precision: str = flag(None, "compute dtype of sampling", str, ("fp32", "bf16"))
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.guide_checkpoint == "":
+            raise ValueError("guide_checkpoint='': expected a path")
+        for name in ("guide_checkpoint", "guidance_interval", "guidance_rescale"):
+            if getattr(self, name) and self.cfg_scale is None:
+                raise ValueError(f"{name} needs cfg_scale, such as 2")
+        low, high = self.guidance_interval or (0, 0)
+        if low > high:
+            raise ValueError(f"guidance_interval={low} {high}: expected LOW before HIGH")
+
+    def resolve(self, model, guide=None):
+        """Return the keyword arguments of sampling.sample for a model, nothing left open.
+
+        guide: the model in `guide_checkpoint`. Raises ValueError when they do not fit."""
+        name = self.sampler or (DEFAULT_SAMPLER if self.eta is None else "ddim")
+        sampler = SAMPLERS[name]
+        if self.eta is not None and not sampler.eta:
+            raise ValueError(f"eta={self.eta}: sampler={name} takes none; it is for ddim")
+        if self.s_churn and not sampler.churn:
+            raise ValueError(f"s_churn={self.s_churn}: for sampler=heun or euler, not {name}")
+        if self.threshold not in (None, "none") and not model.is_image:
+            raise ValueError(f"threshold={self.threshold} is for images, not points")
+        if self.cfg_scale is not None and not guide and not model.has_null_label:
+            raise ValueError(
+                "cfg_scale needs a model trained with class_cond and label_dropout, "
+                "or guide_checkpoint"
+            )
+        if guide and (guide.event, guide.num_classes) != (model.event, model.num_classes):
+            raise ValueError(
+                f"guide_checkpoint={self.guide_checkpoint}: trained on other items or labels"
+            )
+        options = asdict(self)
+        del options["precision"], options["guide_checkpoint"]
+        options["guide"] = guide
+        options["sampler"] = name
+        options["eta"] = self.eta or 0.0
+        options["spacing"] = self.spacing or sampler.spacing
+        options["threshold"] = self.threshold or ("static" if model.is_image else "none")
+        if self.steps is None:
+            options["steps"] = default_steps(name, model.schedule)
+        model.schedule.sampling_grid(options["steps"])  # raises when they do not fit
+        return options
