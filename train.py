@@ -1,133 +1,121 @@
 """Train a deep diffusion process: python train.py --epochs 100 --lr 0.001 --batch_size 128"""
 
 import argparse
-import math
 import shlex
-import signal
 import sys
-import time
 
 from tqdm import tqdm
 
-from ddp import config, data, device, run
+from ddp.config import Config
+from ddp.data import load_dataset
+from ddp.io.checkpoint import restore
+from ddp.io.cli import (
+    GracefulStop,
+    add_config_flags,
+    add_flag,
+    add_plugin_flag,
+    command,
+    make_parser,
+)
+from ddp.io.device import select_device, select_precision, set_tf32
+from ddp.io.diagnostics import dry_run, profile
+from ddp.io.run_dir import RunDir, resolve_run
 from ddp.training import Trainer
 
 
 def parse(arguments=None):
-    """The flags that were given, as a dict; those of the hyper-parameters are made from Config."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
-    config.add_flags(parser, config.Config)
-    parser.add_argument(
-        "--resume", metavar="PATH", help="a checkpoint or run to go on with, or auto"
-    )
-    parser.add_argument(
-        *config.spellings("dry_run"), action="store_true", help="one step, and diagnostics"
-    )
-    parser.add_argument("--profile", action="store_true", help="where the time of a step goes")
-    return vars(parser.parse_args(arguments))
+    """Return the flags that were given; those of the hyper-parameters are made from Config."""
+    parser = make_parser(__doc__, argument_default=argparse.SUPPRESS)
+    add_flag(parser, "resume", metavar="PATH", help="a checkpoint or run to go on with, or auto")
+    add_flag(parser, "dry_run", action="store_true", help="one step, then diagnostics")
+    add_flag(parser, "profile", action="store_true", help="show where the time of a step goes")
+    add_config_flags(parser, Config)
+    add_plugin_flag(parser)
+    return parser.parse_args(arguments)
 
 
-class Stop:
-    """Ctrl-C or SIGTERM asks the loop to stop after this step; a second one stops at once."""
-
-    signal = None
-
-    def __enter__(self):
-        self.old = {n: signal.signal(n, self) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-    def __call__(self, number, frame):
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-        tqdm.write("stopping after this step; again to stop at once", file=sys.stderr)
-
-
-def main(given):
-    resume, dry_run = given.pop("resume", None), given.pop("dry_run", False)
-    profile = given.pop("profile", False)
-    settings, source, state = run.settings(given, resume)
-    where = device.pick_device(settings.device)
-    device.pick_precision(settings.precision, where)  # refused before anything is downloaded
-    dataset = data.load(**settings.data(), progress=tqdm)
-    settings = settings.for_data(dataset)
-    precision = device.pick_precision(settings.precision, where)
-    device.use_tf32(precision != "fp32")
-    folder = run.folder(settings, given, source, state)
-    trainer = Trainer(settings, dataset, where, precision)
-    if state:
-        trainer.load(state)
-    steps, minutes = settings.steps(len(dataset.train)), settings.max_minutes
-    print(*dataset.describe(), trainer.describe(), sep="\n")
-    length = f"{steps:,} steps" if steps else f"{minutes:g} minutes"
+def main(args):
+    overrides = dict(vars(args))
+    overrides.pop("plugin", None)
+    resume = overrides.pop("resume", None)
+    diagnostics = {name: overrides.pop(name, False) for name in ("dry_run", "profile")}
+    config, folder, resume_path, checkpoint = resolve_run(overrides, resume)
+    device = select_device(config.device)
+    select_precision(config.precision, device)  # refused before anything is downloaded
+    dataset = load_dataset(**config.data_options(), progress=tqdm)
+    config = config.resolve(dataset)
+    precision = select_precision(config.precision, device)
+    set_tf32(precision != "fp32")
+    trainer = Trainer(config, dataset, device, precision)
+    if checkpoint:
+        restore(trainer, checkpoint)
+    num_steps = config.num_steps(len(dataset.train))
+    print(*dataset.describe(), sep="\n")
+    print(f"network: {trainer.num_params:,} parameters on {device}, trained in {precision}")
+    length = f"{num_steps:,} steps" if num_steps else f"{config.max_minutes:g} minutes"
     print(f"run: {folder.resolve()}, step {trainer.step:,}, to run for {length}")
-    if dry_run:
-        print(*run.rehearse(trainer, folder), sep="\n")
-    if profile:
-        print(*run.profile(trainer), sep="\n")
-    if dry_run or profile:
+    if diagnostics["dry_run"]:
+        print(*dry_run(trainer, folder), sep="\n")
+    if diagnostics["profile"]:
+        print(*profile(trainer), sep="\n")
+    if any(diagnostics.values()):
         return 0
+    return train_loop(trainer, RunDir(folder, resume_path, trainer.step), num_steps)
 
-    log = run.Run(folder, source, trainer.step)
-    started = time.monotonic() - trainer.seconds
 
-    def progress():
-        """Two shares of the run that are done: one for the learning rate, which follows the steps
-        where they are known, so that a resumed run is the same run; one that ends the run at 1."""
-        trainer.seconds = time.monotonic() - started
-        by_time = trainer.seconds / (60 * (minutes or math.inf))
-        by_steps = trainer.step / steps if steps else 0.0
-        return min(by_steps if steps else by_time, 1.0), max(by_steps, by_time)
-
-    items = settings.batch_size * settings.grad_accumulation
-    quiet = 0.5 if sys.stderr.isatty() else 10
-    bar = tqdm(total=steps and steps * items, initial=trainer.step * items, unit="item",
-               unit_scale=True, mininterval=quiet)  # fmt: skip
-    saving, drawing = settings.save_every, settings.sample_every or settings.save_every
-    share, now = progress()
-    with bar, Stop() as stop:
-        while now < 1 and not stop.signal:
-            log.add(trainer.step + 1, *trainer.train_step(share))
-            before, (share, now) = now, progress()
-            if now >= 1 or due(saving, trainer.step, before, now):
-                bar.write(log.save(trainer, settings.keep))
-            if now >= 1 or due(drawing, trainer.step, before, now):
-                bar.write(log.draw(trainer))
-            left = "" if steps else f", {max(0, minutes - trainer.seconds / 60):.1f} min left"
-            bar.set_postfix_str(f"loss {log.latest:.4f}{left}", refresh=False)
+def train_loop(trainer, run_dir, num_steps):
+    """Train to the end of the run or to a signal, saving on the way -> exit code."""
+    config = trainer.config
+    items = config.batch_size * config.grad_accumulation  # of a step
+    bar = tqdm(
+        total=num_steps and num_steps * items,
+        initial=trainer.step * items,
+        unit="item",
+        unit_scale=True,
+        mininterval=0.5 if sys.stderr.isatty() else 10,
+    )
+    finished = False
+    with bar, GracefulStop(lambda line: tqdm.write(line, file=sys.stderr)) as stop:
+        for stats in trainer.run():
+            finished = stats.progress >= 1
+            run_dir.log_step(stats)
+            if finished or is_due(stats, config.save_every):
+                bar.write(run_dir.save(trainer, config.keep_checkpoints))
+            if finished or is_due(stats, config.sample_every or config.save_every):
+                bar.write(run_dir.write_samples(trainer))
+            bar.set_postfix_str(progress_text(trainer, run_dir, num_steps), refresh=False)
             bar.update(items)
-        if now < 1:
-            bar.write(f"stopped at step {trainer.step:,}, wrote {log.pause(trainer)}")
-    if now < 1:
-        print(f"go on with: python train.py --resume {shlex.quote(str(folder))}")
+            if stop.signal and not finished:
+                break
+        finished = finished or not stop.signal
+        if not finished:
+            path = run_dir.save_interrupted(trainer)
+            bar.write(f"stopped at step {trainer.step:,}, wrote {path}")
+    if not finished:
+        print(f"go on with: python train.py --resume {shlex.quote(str(run_dir.folder))}")
         return 128 + stop.signal
-    print(log.finish(trainer))
-    model = shlex.quote(str(folder / "model.pth"))
+    print(run_dir.export(trainer))
+    model = shlex.quote(str(run_dir.folder / "model.pth"))
     print(f"draw samples with: python generate.py --checkpoint {model}")
     return 0
 
 
-def due(every, step, before, now):
-    """Whether something is to be done after this step: every so many, or each tenth of the run."""
-    return step % every == 0 if every else int(10 * now) > int(10 * before)
+def is_due(stats, every):
+    """Return whether something is to be done after this step.
+
+    Every so many steps or, when that is None, at each tenth of the run."""
+    if every:
+        return stats.step % every == 0
+    return int(10 * stats.progress) > int(10 * stats.previous_progress)
 
 
-def command(arguments=None):
-    """Run the script -> its exit code, 2 for a wrong flag and 1 for a failed run."""
-    given = parse(arguments)
-    try:
-        return main(given)
-    except (Exception, KeyboardInterrupt) as error:
-        code, line = config.verdict(error)
-        print(f"train.py: {line}", file=sys.stderr)
-        return code
+def progress_text(trainer, run_dir, num_steps):
+    text = f"loss {run_dir.latest_loss:.4f}"
+    if num_steps:
+        return text
+    minutes_left = max(0, trainer.config.max_minutes - trainer.seconds / 60)
+    return f"{text}, {minutes_left:.1f} min left"
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(command(main, parse))
