@@ -52,7 +52,7 @@ def to_items(path, array, event):
     """An array of `path` as x0 (N, *event) float32. Raises ValueError when it does not fit."""
     if array is None:
         raise ValueError(f"{path}: expected an .npy or .npz of items of shape {event}")
-    if array.dtype == np.uint8 and len(event) == 3:
+    if array.dtype == np.uint8 and len(event) == 3 and array.ndim > 2:
         pixels = array[..., None] if array.ndim == 3 else array  # (N, H, W, C)
         x0 = to_float(torch.from_numpy(np.moveaxis(pixels, -1, 1).copy()))
     else:
@@ -87,8 +87,9 @@ def read_items(
 
 
 def read_latents(path, event):
-    """Return noise x_T (N, *event) to start from, of an .npy or .npz; errors like read_items."""
-    return to_items(path, read_array(path, LATENT_NAMES), event)
+    """Return noise x_T (N, *event) of an .npy or .npz, and lines of text; raises as read_items."""
+    x_t = to_items(path, read_array(path, LATENT_NAMES), event)
+    return x_t, [f"{len(x_t)} items in {path}"]
 
 
 def load_samples(path, event):
@@ -121,7 +122,8 @@ def load_mask(
         if len(event) == 3 and mask.ndim == 3:
             mask = mask[:, None]  # (N, 1, H, W)
     channels = (1, event[0]) if len(event) == 3 else (event[0],)
-    if mask.shape[1] not in channels or tuple(mask.shape[2:]) != tuple(event[1:]):
+    fits = mask.ndim == len(event) + 1 and mask.shape[1] in channels
+    if not fits or tuple(mask.shape[2:]) != tuple(event[1:]):
         raise ValueError(f"mask={path}: {tuple(mask.shape)} does not fit items of {event}")
     if not mask.any() or mask.all():
         raise ValueError(f"mask={path}: expected some of it light, to fill in, and some dark")

@@ -273,7 +273,7 @@ def labels_from_folders(names):
 
 
 def below_common(folders):
-    """Paths, as tuples of names, without the folders at the top that all of them share."""
+    """Paths, as tuples of names, without the top folders that all have in common."""
     while all(folders) and len({f[0] for f in folders}) == 1:
         folders = [f[1:] for f in folders]
     return folders
