@@ -144,6 +144,7 @@ def checkpoint_candidate(
     device="cpu",
 ):
     """The Candidate of a checkpoint. Raises OSError or ValueError when it cannot be used so."""
+    device = torch.device(device)
     sampling = sampling or SamplerOptions()
     model, config, state = load_model(path, weights, device)
     dtype = sampling_dtype(sampling.precision, config.precision, device)

@@ -150,12 +150,12 @@ def evaluate(
     known = known_metrics()
     count = len(reference.items)
     measured = [name for name in metrics if count >= known[name].min_items]
-    for name in measured:
+    for name in measured:  # what may fail, before hours of work
         if known[name].prepare:
             known[name].prepare(reference, options)
     needs_samples = any(known[name].needs_samples for name in measured)
     for candidate in candidates:
-        if candidate.samples is not None:
+        if candidate.samples is not None:  # somebody's, perhaps more than real items
             candidate.samples = spread_subset(candidate.samples, count)
         elif needs_samples:
             candidate.samples = generate_samples(candidate, reference, options)
@@ -223,7 +223,7 @@ def describe_dataset(dataset):
 
 
 def recipe(reference, metrics, options):
-    """All that the numbers depend on beside data and candidates: two that agree in it compare."""
+    """All that the numbers depend on besides data and candidates: two that agree in it compare."""
     spaces = {name: space.extractor.about for name, space in reference.spaces.items()}
     return {
         **dataclasses.asdict(options),

@@ -13,26 +13,16 @@ from ddp.rng import normal, uniform
 from ddp.sampling import clip_static
 from ddp.schedule import MIN_LOG_SNR
 
-DISCRETE_STEPS = 1000  # of the discrete bound, where the schedule is continuous
-MAX_EXACT_DIVERGENCE_DIM = 4  # with more dimensions the divergence is estimated
 TOLERANCES = {"points": 1e-5, "pixels": 1e-4}  # of the ODE solver, relative and absolute
 
 
 def denoise(model, x_t, log_snr, label=None):
     """x0_hat (B, *event) of the model, clipped to [-1, 1] where the items are images."""
     x0_hat = model.denoise(x_t, log_snr, label)
-    if model.is_image:
-        x0_hat = clip_static(x0_hat)
-    return x0_hat
+    return clip_static(x0_hat) if model.is_image else x0_hat
 
 
-def noise_and_denoise(
-    model,
-    x0,  # (B, *event)
-    log_snr,  # () or (B,)
-    eps,  # (B, *event)
-    label=None,  # (B,) or None
-):
+def noise_and_denoise(model, x0, log_snr, eps, label=None):
     """x0_hat (B, *event) from x_t = alpha x0 + sigma eps."""
     return denoise(model, q_sample(x0, log_snr, eps), log_snr, label)
 
@@ -44,17 +34,16 @@ def vlb(
     indices,  # (B,) integers: an item's noise is a function of (seed, its index)
     seed=0,
     mc_samples=8,  # noise levels for each item
-    label=None,  # (B,) or None
+    label=None,
     discrete=True,  # x0 is uint8 pixels in [-1, 1], not a point with a density
     time="continuous",  # "discrete": the sum over steps; "continuous": the integral
     first=0,  # number of the first Monte Carlo sample: others give independent estimates
 ):
     """Variational bound (VLB, negative ELBO) on -log p(x0) of each item: a dict of nats (B,).
 
-    Its three terms `prior`, `diffusion`, `reconstruction` and their sum `total`, float64. In
-    discrete time it is the sum over the schedule's steps, or over 1000 where the schedule is
-    continuous (Ho et al. 2020, eq. 5); else the integral (Kingma et al. 2021, eqs. 11 and 18).
-    Both are unbiased estimates."""
+    Its three terms `prior`, `diffusion`, `reconstruction` and their sum `total`, float64, unbiased
+    estimates. In discrete time it is the sum over the schedule's steps, or over 1000 where that is
+    continuous (Ho et al. 2020, eq. 5); else the integral (Kingma et al. 2021, eqs. 11 and 18)."""
     if time not in ("discrete", "continuous"):
         raise ValueError(f"time={time!r}: expected 'discrete' or 'continuous'")
     indices = indices.to(x0.device)
@@ -74,27 +63,22 @@ def vlb(
     # 3. DIFFUSION TERM: KL(q(x_s | x_t, x0) || q(x_s | x_t, x0_hat)) over all levels between
     diffusion = diffusion_term(model, x0, indices, seed, mc_samples, label, discrete, time, first)
 
-    prior = prior.double().cpu()
-    diffusion = diffusion.double().cpu()
-    reconstruction = reconstruction.double().cpu()
-    return {
-        "prior": prior,
-        "diffusion": diffusion,
-        "reconstruction": reconstruction,
-        "total": prior + diffusion + reconstruction,  # VLB = -ELBO
-    }
+    terms = {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction}
+    terms = {name: nats.double().cpu() for name, nats in terms.items()}
+    return terms | {"total": sum(terms.values())}  # VLB = -ELBO
 
 
 def diffusion_term(model, x0, indices, seed, mc_samples, label, discrete, time, first):
     """Unbiased estimate (B,) of the diffusion term of the VLB in nats; arguments as of vlb.
 
-    Importance sampling: levels have the density of the integrand for unit-variance data, which is
-    proportional to sigmoid(log_snr), the derivative of softplus. They are stratified over the
-    mc_samples of an item."""
-    schedule = model.schedule
-    clean = schedule.log_snr(0.0).cpu()
-    noisy = schedule.log_snr(1.0).cpu().clamp_min(MIN_LOG_SNR)
+    Importance sampling: levels, stratified over the mc_samples of an item, have the density of the
+    integrand for unit-variance data, which is proportional to sigmoid(log_snr)."""
+    clean = model.schedule.log_snr(0.0).cpu()
+    noisy = model.schedule.log_snr(1.0).cpu().clamp_min(MIN_LOG_SNR)
     area = F.softplus(clean) - F.softplus(noisy)  # integral of sigmoid(log_snr)
+    table = model.schedule.table  # (T,), falling
+    if table is None:
+        table = model.schedule.log_snr(torch.linspace(0, 1, 1000, dtype=torch.float64)).cpu()
     diffusion = torch.zeros(len(x0)).to(x0)
     if not clean > noisy:  # one step: there is nothing between the other two terms
         return diffusion
@@ -106,38 +90,20 @@ def diffusion_term(model, x0, indices, seed, mc_samples, label, discrete, time, 
             log_snr_s = None
             weight = area / torch.sigmoid(log_snr_t)  # 1 / density
         else:
-            log_snr_t, log_snr_s = enclosing_step(schedule, log_snr_t)
+            i = torch.searchsorted(-table, -log_snr_t).clamp(1, len(table) - 1)
+            log_snr_t, log_snr_s = table[i], table[i - 1]  # the ends of the step around it
             weight = area / (F.softplus(log_snr_s) - F.softplus(log_snr_t))  # 1 / probability
             log_snr_s = log_snr_s.to(x0)
         log_snr_t = log_snr_t.to(x0)
         eps = normal(seed, "vlb_eps", k, indices, model.event)
         x0_hat = noise_and_denoise(model, x0, log_snr_t, eps, label)
         term = vlb_diffusion(x0, x0_hat, log_snr_t, log_snr_s)  # (B,)
-        if not discrete:
-            term += control_variate(x0, eps, log_snr_t, log_snr_s)
+        if not discrete:  # a control variate of mean 0: the same of unit-variance data
+            scale = math.prod(alpha_sigma(log_snr_t, x0))  # (B, 1, ...), of eps in x0 - x0_hat
+            mean = vlb_diffusion(scale, 0 * x0, log_snr_t, log_snr_s)
+            term += mean - vlb_diffusion(scale * eps, 0, log_snr_t, log_snr_s)
         diffusion += weight.to(x0) * term / mc_samples
     return diffusion
-
-
-def enclosing_step(schedule, log_snr):
-    """The ends (log_snr_t, log_snr_s) of the discrete step around each log_snr (B,), t noisier."""
-    table = schedule.table  # (T,), falling
-    if table is None:
-        t = torch.linspace(0, 1, DISCRETE_STEPS, dtype=torch.float64)
-        table = schedule.log_snr(t).cpu()
-    i = torch.searchsorted(-table, -log_snr).clamp(1, len(table) - 1)
-    return table[i], table[i - 1]
-
-
-def control_variate(x0, eps, log_snr_t, log_snr_s):
-    """What to add to a diffusion term (B,): mean 0, and it cancels most of the noise from eps.
-
-    It is the same term for unit-variance data, where x0 - x0_hat has the part alpha sigma eps,
-    whose expectation is known."""
-    alpha, sigma = alpha_sigma(log_snr_t, x0)
-    scale = alpha * sigma  # (B, 1, ...)
-    expected = vlb_diffusion(scale, 0 * x0, log_snr_t, log_snr_s)
-    return expected - vlb_diffusion(scale * eps, 0, log_snr_t, log_snr_s)
 
 
 @torch.no_grad()
@@ -147,7 +113,7 @@ def ode_nll(
     indices,  # (B,) integers: an item's noise is a function of (seed, its index)
     seed=0,
     dequantizations=1,  # K noisy copies of each item
-    label=None,  # (B,) or None
+    label=None,
     dequantization=None,  # None: x0 has a density; pixels: "uniform" or "noise", see flow_start
     tolerance=None,  # of the ODE solver
 ):
@@ -161,22 +127,17 @@ def ode_nll(
     indices = indices.to(x0.device)
     clean = model.schedule.log_snr(0.0).item()
     noisy = model.schedule.log_snr(1.0).clamp_min(MIN_LOG_SNR).item()
-    dimensions = x0[0].numel()  # D
     x0 = x0.repeat(dequantizations, *[1] * len(model.event))  # (K * B, *event)
-    if label is not None:
-        label = label.repeat(dequantizations)
-    if tolerance is None:
-        tolerance = TOLERANCES["points" if dequantization is None else "pixels"]
+    label = None if label is None else label.repeat(dequantizations)
+    tolerance = tolerance or TOLERANCES["pixels" if dequantization else "points"]
 
     x, nats = flow_start(model, x0, indices, seed, label, dequantization)
     probes = divergence_probes(x, indices, seed)
     slope = functools.partial(flow_slope, model, label, probes)
     y = F.pad(x.flatten(1).double(), (0, 1))  # (K * B, D + 1), last the log-density's change
-    y = dopri5(slope, y, clean, noisy, tolerance, error_dims=slice(dimensions))
-    x_noisy = y[:, :-1]
-    log_prior = -0.5 * (x_noisy**2 + math.log(2 * math.pi)).sum(dim=1)  # log N(0, I)
-    nats = nats - (log_prior + y[:, -1]).cpu()
-    return nats.reshape(dequantizations, -1)
+    y = dopri5(slope, y, clean, noisy, tolerance, error_dims=slice(-1))
+    log_prior = -0.5 * (y[:, :-1] ** 2 + math.log(2 * math.pi)).sum(dim=1)  # log N(0, I)
+    return (nats - (log_prior + y[:, -1]).cpu()).reshape(dequantizations, -1)
 
 
 def flow_start(model, x0, indices, seed, label, dequantization):
@@ -185,91 +146,65 @@ def flow_start(model, x0, indices, seed, label, dequantization):
     Pixels get a density by noise: `uniform` fills their bin (Theis et al. 2016, section 3.1);
     `noise` is what the schedule leaves at its clean end, and the VLB's decoder takes it off again
     (Kingma et al. 2021, eq. 11, whose diffusion term the flow replaces)."""
-    copies = len(x0) // len(indices)
+    copies = range(len(x0) // len(indices))
     dimensions = x0[0].numel()
-    clean = model.schedule.log_snr(0.0).item()
-    alpha, sigma = alpha_sigma(torch.tensor(clean).to(x0), x0)  # (), ()
+    clean = model.schedule.log_snr(0.0).to(x0)  # ()
+    alpha, sigma = alpha_sigma(clean, x0)  # (), ()
     nats = torch.zeros(len(x0), dtype=torch.float64)
     if dequantization == "noise":
-        eps = copies_of_noise(normal, seed, "dequant_normal", copies, indices, model.event)
+        eps = torch.cat([normal(seed, "dequant_normal", k, indices, model.event) for k in copies])
         x = alpha * x0 + sigma * eps
-        log_snr = torch.full_like(x0.flatten(1)[:, 0], clean)  # (K * B,)
-        x0_hat = denoise(model, x, log_snr, label)
-        nats += vlb_reconstruction(x0, x0_hat, log_snr, True).cpu()
+        x0_hat = denoise(model, x, clean.expand(len(x)), label)
+        nats += vlb_reconstruction(x0, x0_hat, clean, discrete=True).cpu()
         log_q = -0.5 * (eps.double() ** 2 + math.log(2 * math.pi)) - sigma.log()  # log q(x | x0)
         return x, nats + log_q.flatten(1).sum(dim=1).cpu()
     nats -= dimensions * alpha.log().item()  # x = alpha x0 stretches the density
     if dequantization == "uniform":
-        u = copies_of_noise(uniform, seed, "dequant_uniform", copies, indices, model.event)
+        u = torch.cat([uniform(seed, "dequant_uniform", k, indices, model.event) for k in copies])
         x0 = x0 + (2 * u - 1) / 255
         nats -= dimensions * math.log(2 / 255)  # log of the bin's volume
     return alpha * x0, nats
 
 
-def copies_of_noise(noise_fn, seed, stream, copies, indices, event):
-    """Other noise for each copy of the items: (copies * B, *event)."""
-    noises = []
-    for copy in range(copies):
-        noises.append(noise_fn(seed, stream, copy, indices, event))
-    return torch.cat(noises)
-
-
 def divergence_probes(x, indices, seed):
-    """Vectors v whose sum of v . Jv is the divergence of the flow at x (K * B, *event).
+    """Vectors v (P, K * B, *event): their sum of v . Jv is the divergence of the flow at x.
 
-    Up to MAX_EXACT_DIVERGENCE_DIM dimensions (D, K * B, *event), the basis: it is exact. Else
-    (1, K * B, *event), a vector of random signs for each item (Hutchinson's unbiased estimate); the
-    same for all its copies, so that its noise hardly enters a mean of exponentials."""
+    In up to 4 dimensions the basis: it is exact. Else one vector of random signs for each item
+    (Hutchinson's unbiased estimate), the same for all its copies, so that its noise hardly enters a
+    mean of exponentials."""
     event = x.shape[1:]
     dimensions = x[0].numel()
-    if dimensions <= MAX_EXACT_DIVERGENCE_DIM:
+    if dimensions <= 4:  # few enough for one backward pass each
         basis = torch.eye(dimensions).to(x).reshape(dimensions, 1, *event)
         return basis.expand(-1, *x.shape)
     rademacher = 1 - 2 * uniform(seed, "hutchinson", 0, indices, event).round()  # -1 or 1
-    copies = len(x) // len(indices)
-    return rademacher.repeat(copies, *[1] * len(event))[None]
+    return rademacher.repeat(len(x) // len(indices), *[1] * len(event))[None]
 
 
-def flow_slope(
-    model,
-    label,  # (K * B,) or None
-    probes,  # (P, K * B, *event), see divergence_probes
-    y,  # (b, D + 1) float64: x, and the change of its log-density so far
-    log_snr,  # (b,) float64
-    items,  # (b,) of the K * B
-):
-    """dy/dlog_snr (b, D + 1) of the probability-flow ODE: of x, and its divergence."""
-    if label is not None:
-        label = label[items]
+def flow_slope(model, label, probes, y, log_snr, items):
+    """dy/dlog_snr (b, D + 1) of the probability-flow ODE, see dopri5: of x, and its divergence.
+
+    label (K * B,) and probes (P, K * B, *event) are of all items, y and log_snr of `items`."""
+    label = None if label is None else label[items]
     with torch.enable_grad():
         x = y[:, :-1].to(probes).reshape(-1, *model.event).requires_grad_()
         x0_hat = denoise(model, x, log_snr.to(probes), label)
         trace = torch.zeros_like(log_snr)  # (b,), of the Jacobian of x0_hat
-        for i, probe in enumerate(probes):
-            is_last = i + 1 == len(probes)
-            (row,) = torch.autograd.grad(x0_hat, x, probe[items], retain_graph=not is_last)
-            trace += (row * probe[items]).flatten(1).sum(dim=1)
+        for probe in probes[:, items]:
+            (row,) = torch.autograd.grad(x0_hat, x, probe, retain_graph=len(probes) > 1)
+            trace += (row * probe).flatten(1).sum(dim=1)
     alpha = torch.sigmoid(log_snr).sqrt()  # (b,)
     dx = alpha[:, None] / 2 * (x0_hat.detach().flatten(1) - alpha[:, None] * y[:, :-1])
-    dimensions = dx.shape[1]
-    divergence = alpha / 2 * (trace - alpha * dimensions)
+    divergence = alpha / 2 * (trace - alpha * dx.shape[1])
     return torch.cat([dx, divergence[:, None]], dim=1)
 
 
 @torch.no_grad()
-def loss_by_noise_level(
-    model,
-    x0,  # (B, *event)
-    indices,  # (B,) integers: an item's noise is a function of (seed, its index)
-    seed=0,
-    count=10,  # levels, evenly spaced in t
-    label=None,  # (B,) or None
-):
-    """Mean squared error at `count` noise levels: a list of dicts.
+def loss_by_noise_level(model, x0, indices, seed=0, count=10, label=None):
+    """Mean squared error at `count` noise levels, evenly spaced in t: a list of dicts.
 
-    Keys: `t`, `log_snr`, and the error (B,), averaged over the event, in units of `x0`, `eps`, `v`.
-    They are one error: eps_hat - eps = -alpha / sigma (x0_hat - x0) and v_hat - v = -1 / sigma
-    (x0_hat - x0)."""
+    Keys: `t`, `log_snr`, and the error (B,), averaged over the event, in units of `x0`, `eps`, `v`:
+    eps_hat - eps = -alpha / sigma (x0_hat - x0) and v_hat - v = -1 / sigma (x0_hat - x0)."""
     indices = indices.to(x0.device)
     rows = []
     for k in range(count):
@@ -279,13 +214,6 @@ def loss_by_noise_level(
         x0_hat = noise_and_denoise(model, x0, log_snr, eps, label)
         error = ((x0_hat - x0) ** 2).flatten(1).mean(dim=1).cpu()  # (B,)
         snr = log_snr.exp().item()
-        rows.append(
-            {
-                "t": t,
-                "log_snr": max(log_snr.item(), MIN_LOG_SNR),
-                "x0": error,
-                "eps": snr * error,
-                "v": (1 + snr) * error,
-            }
-        )
+        row = {"t": t, "log_snr": max(log_snr.item(), MIN_LOG_SNR)}
+        rows.append(row | {"x0": error, "eps": snr * error, "v": (1 + snr) * error})
     return rows

@@ -38,7 +38,7 @@ def evaluate_vlb(candidate, reference, options):
     Its terms, their `total`, `monte_carlo`, the part of the total's error that more noise levels
     would lower, and the total's `gap` to the entropy of the data, where that is known."""
     known = log_density(reference.dataset, options.vlb_items)  # (N,) or None
-    half = options.vlb_samples // 2
+    half = options.vlb_samples // 2  # noise levels of each item
     results = {}
     for time in ("discrete", "continuous"):
         first = vlb_of_test_set(candidate.model, reference, options, time, range(half))
@@ -52,8 +52,8 @@ def evaluate_vlb(candidate, reference, options):
     return results
 
 
-def vlb_of_test_set(model, reference, options, time, draws):
-    """The terms of the VLB of the test items from Monte Carlo samples `draws`, each (N,)."""
+def vlb_of_test_set(model, reference, options, time, numbers):
+    """Terms of the VLB of the test items, each (N,), from the noise levels of these numbers."""
     dataset = reference.dataset
     parts = {}  # term -> a list of (B,)
     name = f"vlb, {time}"
@@ -63,11 +63,11 @@ def vlb_of_test_set(model, reference, options, time, draws):
             x0,
             indices,
             options.seed,
-            len(draws),
+            len(numbers),
             label,
             discrete=dataset.is_image,
             time=time,
-            first=draws[0],
+            first=numbers[0],
         )
         for term, nats in terms.items():
             parts.setdefault(term, []).append(nats)
@@ -87,13 +87,10 @@ def evaluate_ode_nll(candidate, reference, options):
     bound = candidate.results.get("vlb")
     results = {}
     for dequantization in ("uniform", "noise") if dataset.is_image else ("density",):
-        copies = options.dequant_samples if dataset.is_image else 1
-        nats = nll_of_test_set(
-            candidate.model, reference, options, dequantization, copies
-        )  # (copies, N)
+        nats = nll_of_test_set(candidate.model, reference, options, dequantization)  # (K, N)
         values = {"total": nats.mean(dim=0) / unit}  # each (N,)
         if dataset.is_image:
-            weighted = math.log(copies) - torch.logsumexp(-nats, dim=0)
+            weighted = math.log(len(nats)) - torch.logsumexp(-nats, dim=0)
             values["importance_weighted"] = weighted / unit
         elif known is not None:
             values["gap"] = values["total"] + known
@@ -105,15 +102,19 @@ def evaluate_ode_nll(candidate, reference, options):
     return results
 
 
-def nll_of_test_set(model, reference, options, dequantization, copies):
-    """The ODE NLL of the test items in nats, (copies, N)."""
+def nll_of_test_set(model, reference, options, dequantization):
+    """The ODE NLL of the test items in nats, (K, N): of K dequantizations, or K = 1 for points."""
     name = f"ode_nll, {dequantization}"
-    items = iterate_test_set(model, reference, options, name, options.nll_items, copies)
-    dequantization = dequantization if reference.dataset.is_image else None
+    copies = options.dequant_samples
+    if not reference.dataset.is_image:
+        copies = 1
+        dequantization = None
     parts = []
-    for x0, indices, label in items:
+    for x0, indices, label in iterate_test_set(
+        model, reference, options, name, options.nll_items, copies
+    ):
         nats = ode_nll(model, x0, indices, options.seed, copies, label, dequantization)
-        parts.append(nats)  # (copies, B)
+        parts.append(nats)  # (K, B)
     return torch.cat(parts, dim=1)
 
 

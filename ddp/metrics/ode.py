@@ -15,67 +15,46 @@ STAGES = (  # weights of the slopes so far; the last row is the solution of orde
     (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
 )
 ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)  # 5th less 4th
-FIRST_STEPS = 50  # the first step is the whole way over this
-MIN_STEP = 1e-9  # of the whole way: with shorter steps an item is given up
-SAFETY = 0.9  # of the step that would just hold the tolerance
 
 
 def weighted_sum(weights, slopes):
-    """The sum of weight * slope, leaving out weights of 0."""
-    total = 0
-    for weight, slope in zip(weights, slopes, strict=True):
-        if weight:
-            total = total + weight * slope
-    return total
+    return sum(w * slope for w, slope in zip(weights, slopes, strict=True) if w)
 
 
-def runge_kutta_step(slope, y, t, h, first_slope, items):
-    """One step of size h (b,) from y (b, D) at t (b,): y_new (b, D), and its 7 slopes (b, D)."""
-    slopes = [first_slope]
-    for node, weights in zip(NODES[1:], STAGES, strict=True):
-        y_new = y + h[:, None] * weighted_sum(weights, slopes)  # (b, D)
-        slopes.append(slope(y_new, t + node * h, items))
-    return y_new, slopes  # the last slope is that at y_new, the first one of the next step
+def dopri5(slope, y, start, end, tolerance, error_dims):
+    """Solve dy/dt = slope(y, t, items), y (B, D) at start, by dopri5: y at end (B, D).
 
-
-def dopri5(
-    slope,  # (y (b, D), t (b,), items (b,)) -> dy/dt (b, D); items: indices into the batch
-    y,  # (B, D) float64, y at start
-    start,  # a float
-    end,  # a float, above or below start
-    tolerance,  # of a step's error, relative and absolute
-    error_dims,  # a slice of the D numbers: those whose error the tolerance limits
-):
-    """Solve dy/dt = slope(y, t) by Dormand & Prince's pair (dopri5): y at end, (B, D).
-
-    Each item takes steps of its own, so that it does not depend on its batch. An item is nan where
+    Each item takes steps of its own, so that it does not depend on its batch; `items` (b,) are the
+    indices of those still on their way, y (b, D) and t (b,) theirs. `tolerance` limits the error of
+    a step, relative and absolute, in the slice `error_dims` of the D numbers. An item is nan where
     there is no solution: its slope is not finite, or no step is short enough."""
     y = y.clone()
-    items = torch.arange(len(y), device=y.device)  # (b,), those on their way
+    items = torch.arange(len(y), device=y.device)  # (b,)
     t = torch.full_like(y[:, 0], start)  # (B,)
-    step = torch.full_like(t, (end - start) / FIRST_STEPS)  # (B,), size of the next step
+    step = torch.full_like(t, (end - start) / 50)  # (B,), size of the next step
     first_slope = slope(y, t, items)  # (B, D)
     while len(items):
         remaining = end - t[items]  # (b,)
         is_last = step[items].abs() >= remaining.abs()
         h = torch.where(is_last, remaining, step[items])  # (b,)
-        y_old = y[items]
-        y_new, slopes = runge_kutta_step(slope, y_old, t[items], h, first_slope[items], items)
+        slopes = [first_slope[items]]  # of the 7 stages, each (b, D)
+        for node, weights in zip(NODES[1:], STAGES, strict=True):
+            y_new = y[items] + h[:, None] * weighted_sum(weights, slopes)  # (b, D)
+            slopes.append(slope(y_new, t[items] + node * h, items))
 
-        tolerance_scale = tolerance * (1 + torch.maximum(y_old.abs(), y_new.abs()))
-        error = h[:, None] * weighted_sum(ERROR, slopes) / tolerance_scale  # (b, D)
-        error = error[:, error_dims].square().mean(dim=1).sqrt()  # (b,), at most 1 is good
-        too_short = (h.abs() < MIN_STEP * abs(end - start)) & ~is_last
+        scale = tolerance * (1 + torch.maximum(y[items].abs(), y_new.abs()))
+        error = (h[:, None] * weighted_sum(ERROR, slopes) / scale)[:, error_dims]
+        error = error.square().mean(dim=1).sqrt()  # (b,), at most 1 is good
+        too_short = (h.abs() < 1e-9 * abs(end - start)) & ~is_last
         failed = ~error.isfinite() | too_short
         y_new[failed] = math.nan
         accepted = (error <= 1) | failed
 
-        factor = SAFETY * error.clamp_min(1e-9) ** -0.2  # the error grows as the step to the 5th
+        factor = 0.9 * error.clamp_min(1e-9) ** -0.2  # the error grows as the step to the 5th
         step[items] = h * factor.clamp(0.2, 5)
         moved = items[accepted]
         y[moved] = y_new[accepted]
-        first_slope[moved] = slopes[-1][accepted]
+        first_slope[moved] = slopes[-1][accepted]  # the last stage lies at the next step's start
         t[moved] += h[accepted]
-        arrived = accepted & (is_last | failed)
-        items = items[~arrived]
+        items = items[~(accepted & (is_last | failed))]
     return y

@@ -21,7 +21,9 @@ from ddp.io.figures import (
     to_pil,
 )
 from ddp.metrics.evaluate import known_metrics
+from ddp.metrics.features import FEATURES
 
+HEADS = {"real_vs_real": "real vs real", "relative_to_real": "relative to real"}
 MAX_IMAGES = 64  # in a figure
 MAX_POINTS = 5000
 PAGE = string.Template("""<!doctype html>
@@ -82,10 +84,10 @@ def interval_text(cell):
     """An estimate with its 95% interval, in the digits that its error allows."""
     if not isinstance(cell, dict) or cell["error"] is None:
         return error_text(cell)
-    exponent = -2
+    exponent = -2  # without an error: three digits
     if cell["error"] > 1e-9:
         exponent = int(f"{cell['error']:e}".split("e")[1])
-    digits = min(max(0, 1 - exponent), 5)
+    digits = min(max(0, 1 - exponent), 5)  # two of the error
     low, high = cell["interval"]
     return f"{cell['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -105,7 +107,7 @@ def nested_rows(results, prefix=""):
     if not isinstance(results, dict):
         return {}
     rows = {}
-    cells = {}
+    cells = {}  # of this level
     for name, part in results.items():
         if prefix and is_cell(part):
             cells[name] = part
@@ -127,7 +129,7 @@ def make_table(
     lines = []
     for name, cells in rows.items():
         lines.append([name] + [cell_text(cells.get(column)) for column in columns])
-    head = [""] + [column.replace("_", " ") for column in columns]
+    head = [""] + [HEADS.get(column, column) for column in columns]
     return Table(title, note, head, lines)
 
 
@@ -143,7 +145,7 @@ def subject_tables(subject, evaluation):
             parts = [(metric.title or name, metric.note, nested_rows(subject[name]))]
         cell_text = interval_text if metric.show_interval else error_text
         for title, note, rows in parts:
-            if rows:
+            if rows:  # a metric may have nothing to show
                 tables.append(make_table(title, note, rows, cell_text))
     return tables
 
@@ -159,7 +161,8 @@ def comparison_table(evaluation):
     rows = {}
     for entry in evaluation["comparison"]:
         path = entry["path"]
-        row = rows.setdefault(path.removesuffix("/samples"), dict.fromkeys(columns))
+        name = path.removesuffix("/samples")  # "pixels/fd", which is of samples anyway
+        row = rows.setdefault(name, dict.fromkeys(columns))
         row[f"{entry['subject']} - {first}"] = entry["difference"]
         for subject in subjects:
             row[subject["name"]] = look_up(subject, path)
@@ -184,10 +187,10 @@ def report_lines(evaluation):
     lines = []
     for table in tables:
         lines += ["", f"{table.title} ({table.note})" if table.note else table.title]
-        rows = [table.head, *table.rows] if any(table.head) else table.rows
+        rows = [table.head, *table.rows] if any(table.head) else table.rows  # of text
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
-            line = "   " + row[0].ljust(widths[0])
+            line = "   " + row[0].ljust(widths[0])  # names to the left, numbers to the right
             for cell, width in zip(row[1:], widths[1:], strict=True):
                 line += "  " + cell.rjust(width)
             lines.append(line.rstrip())
@@ -211,13 +214,14 @@ def candidate_figures(candidate, reference):
         nearest = dataset.train[[pair["train"] for pair in pairs]]
         caption = "closest samples, each with its nearest training item"
         figures[caption] = neighbors(samples, nearest)
-    ratios = {}  # metric -> name -> Estimate
-    for metric, result in results.items():
-        for name, row in result.items() if isinstance(result, dict) else ():
-            if isinstance(row, dict) and "relative_to_real" in row:
-                ratios.setdefault(metric, {})[name] = row["relative_to_real"]
-        if isinstance(result, dict) and "counts" in result:
-            figures["classes"] = to_pil(histogram(result["counts"], dataset.classes))
+    ratios = {}  # feature space -> name -> Estimate, or None where the baseline is 0
+    for space in FEATURES:
+        if space in results:
+            rows = results[space]
+            ratios[space] = {name: row.get("relative_to_real") for name, row in rows.items()}
+            if "counts" in rows:
+                chart = histogram(rows["counts"], dataset.classes)
+                figures[f"classes by the {space}"] = to_pil(chart)
     if ratios:
         figures["samples relative to real items"] = to_pil(metric_ratios(ratios))
     if "loss" in results:
@@ -286,7 +290,7 @@ def html_page(
     if table:
         parts.append(html_table(table))
     for subject, images in zip(evaluation["subjects"], figures, strict=True):
-        about = []
+        about = []  # what fits in a line: no lists, no dicts
         for key, value in subject["about"].items():
             if isinstance(value, (str, int)):
                 about.append(f"{key}: {value}")
@@ -294,7 +298,7 @@ def html_page(
         parts.append(f"<small>{html.escape('; '.join(about))}</small>")
         shown = [html_figure(caption, image) for caption, image in images.items()]
         parts.append(f'<div class="figures">{"".join(shown)}</div>')
-        for table in reversed(subject_tables(subject, evaluation)):
+        for table in reversed(subject_tables(subject, evaluation)):  # samples before likelihoods
             parts.append(html_table(table))
     names = ", ".join(subject["name"] for subject in evaluation["subjects"])
     shape = "x".join(str(side) for side in dataset["event"])

@@ -207,6 +207,8 @@ def feature_tables(space, results, evaluation):
     about = recipe["feature_spaces"].get(space, {})
     if "accuracy" in about:
         note += f"; trained on {about['trained_on']}, accuracy {about['accuracy']:.1%}"
+    if space == "inception":
+        note += "; fd is the FID"
     tables.append((f"feature space: {space}", note, rows))
     return tables
 

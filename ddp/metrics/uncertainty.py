@@ -32,22 +32,15 @@ class Estimate:
             )
 
     @classmethod
-    def mean(
-        cls,
-        values,  # (N,), independent
-        **rest,  # bounds, count
-    ):
-        """The mean of independent values."""
+    def mean(cls, values, **rest):
+        """The mean of independent values (N,); rest: bounds, count."""
         values = values.double().cpu()
         # scaled so that their std is the standard error of the mean
         return cls(values.mean().item(), values / math.sqrt(len(values)), **rest)
 
     @classmethod
-    def proportion(
-        cls,
-        mask,  # (N,) bool
-    ):
-        """The fraction of items for which mask is true."""
+    def proportion(cls, mask):
+        """The fraction of items for which mask (N,) is true."""
         return cls.mean(mask, bounds=(0, 1), count=len(mask))
 
     @property
@@ -58,20 +51,19 @@ class Estimate:
     @property
     def error(self):
         """The standard error; nan with fewer than two replicates."""
-        if len(self.replicates) < 2:
-            return math.nan
-        return self.replicates.std().item()
+        return self.replicates.std().item() if len(self.replicates) > 1 else math.nan
 
     @property
     def interval(self):
         """The 95% interval [low, high] within bounds, normal; of a proportion at least Wilson's."""
-        reach = NORMAL_95 * self.error
-        low = self.value - reach
-        high = self.value + reach
-        if self.count:
-            wilson_low, wilson_high = wilson_interval(self.value, self.count)
-            low = min(low, wilson_low)
-            high = max(high, wilson_high)
+        low = self.value - NORMAL_95 * self.error
+        high = self.value + NORMAL_95 * self.error
+        if self.count:  # Wilson 1927: not empty at 0 and 1
+            z2 = NORMAL_95**2 / self.count
+            middle = (self.value + z2 / 2) / (1 + z2)
+            reach = math.sqrt(z2 * (self.value * (1 - self.value) + z2 / 4)) / (1 + z2)
+            low = min(low, middle - reach)
+            high = max(high, middle + reach)
         least, most = self.bounds
         return [min(max(low, least), most), min(max(high, least), most)]
 
@@ -83,108 +75,50 @@ class Estimate:
 
         None when the baseline is not above 0 or, of a measure that can be negative, not by more
         than its error."""
-        can_be_negative = baseline.bounds[0] < 0
-        if baseline.value <= 0:
-            return None
-        if can_be_negative and baseline.value < NORMAL_95 * baseline.error:
+        least = NORMAL_95 * baseline.error if baseline.bounds[0] < 0 else 0
+        if baseline.value <= 0 or baseline.value < least:
             return None
         ratio = self.value / baseline.value
         replicates = (self.replicates - ratio * baseline.replicates) / baseline.value
         return Estimate(ratio, replicates, (0, math.inf))
 
 
-def wilson_interval(
-    proportion,  # in [0, 1]
-    count,  # items that it is a fraction of
-):
-    """Wilson's 95% interval (low, high) of a proportion: not empty at 0 and 1. Wilson 1927."""
-    z2 = NORMAL_95**2 / count
-    middle = (proportion + z2 / 2) / (1 + z2)
-    reach = math.sqrt(z2 * (proportion * (1 - proportion) + z2 / 4)) / (1 + z2)
-    return middle - reach, middle + reach
-
-
-def half_samples(
-    count,  # items to choose from
-    seed,  # an int or a list of ints
-    resamples=RESAMPLES,
-):
+def half_samples(count, seed, resamples=RESAMPLES):
     """Random halves of `count` items: indices (resamples, count // 2)."""
     random = np.random.RandomState(seed)
-    permutations = []
-    for _ in range(resamples):
-        permutations.append(random.permutation(count))
-    order = torch.from_numpy(np.stack(permutations))  # (resamples, count)
-    return order[:, : count // 2]
+    order = np.stack([random.permutation(count) for _ in range(resamples)])  # (resamples, count)
+    return torch.from_numpy(order)[:, : count // 2]
 
 
-def bootstrap(
-    function,  # (a, b) -> dict of floats, such as an entry of DISTANCES
-    a,  # (N, D) samples
-    b,  # (M, D) real items
-    seed=0,
-    resamples=RESAMPLES,
-    max_items=None,  # use at most so many items of each set
-):
-    """The numbers of `function`, each as an Estimate, a dict.
+def bootstrap(function, a, b, seed=0, resamples=RESAMPLES, max_items=None):
+    """The numbers of `function` (a, b) -> dict of floats, each as an Estimate: a dict.
 
-    The error comes from half-samples without replacement (the delete-half jackknife; Shao & Wu
-    1989): their standard deviation is the standard error. With replacement an item would meet its
-    own copy, which nearest neighbors and covariances take for likeness. Where a distance is 0
-    within its error, this error is too large rather than too small. That of a proportion is at
-    least the binomial one. An `fd` gets a companion `fd_inf`, see extrapolate_fd."""
+    The standard error is the standard deviation over half-samples without replacement (delete-half
+    jackknife; Shao & Wu 1989). With replacement an item would meet its own copy, which nearest
+    neighbors and covariances take for likeness. Where a distance is 0 within its error, the error
+    is too large rather than too small. An `fd` gets a companion `fd_inf`, of infinitely many items:
+    its bias falls as 1 / n, so the line through n and n / 2 leads there (FID_inf; Chong & Forsyth
+    2020, section 3)."""
     a = a[:max_items]
     b = b[:max_items]
     values = dict(function(a, b))
-    replicates = half_sample_values(function, a, b, seed, resamples)
+    halves_a = half_samples(len(a), [seed, 0], resamples)  # (R, N // 2)
+    halves_b = half_samples(len(b), [seed, 1], resamples)  # (R, M // 2)
+    rows = [function(a[i], b[j]) for i, j in zip(halves_a, halves_b, strict=True)]
+    replicates = {}
+    for name in values:
+        replicates[name] = torch.tensor([row[name] for row in rows]).double()  # (R,)
     if "fd" in values and len(a) >= 2 * a.shape[1]:  # else covariances are not of full rank
-        values["fd_inf"] = extrapolate_fd(values["fd"], replicates["fd"])
+        values["fd_inf"] = 2 * values["fd"] - replicates["fd"].mean().item()
         replicates["fd_inf"] = replicates["fd"]
     estimates = {}
     for name, value in values.items():
         measure = find_measure(name)
-        count = {"samples": len(a), "real": len(b), None: None}[measure.proportion]
+        count = {"samples": len(a), "real": len(b)}.get(measure.proportion)
         spread = replicates[name]
-        if count:
-            spread = widen_to_binomial(spread, value, count)
+        if count:  # at least the binomial error: halves may all be at 1 where the whole is not
+            binomial = math.sqrt(value * (1 - value) / count)
+            factor = max(1.0, binomial / max(spread.std().item(), 1e-12))
+            spread = spread.mean() + factor * (spread - spread.mean())
         estimates[name] = Estimate(value, spread, measure.bounds, count)
     return estimates
-
-
-def half_sample_values(function, a, b, seed, resamples):
-    """What `function` gives of `resamples` pairs of half-samples: name -> (resamples,) float64."""
-    values = {}
-    halves_a = half_samples(len(a), [seed, 0], resamples)  # (resamples, N // 2)
-    halves_b = half_samples(len(b), [seed, 1], resamples)  # (resamples, M // 2)
-    for half_a, half_b in zip(halves_a, halves_b, strict=True):
-        for name, value in function(a[half_a], b[half_b]).items():
-            values.setdefault(name, []).append(value)
-    replicates = {}
-    for name, numbers in values.items():
-        replicates[name] = torch.tensor(numbers).double()  # rounded to float32
-    return replicates
-
-
-def extrapolate_fd(
-    value,  # the Frechet distance of all n items
-    replicates,  # (R,) those of n / 2 items
-):
-    """The Frechet distance of infinitely many items (FID_inf, in Inception features).
-
-    Its bias falls as 1 / n, so the line through n and n / 2 leads there (Chong & Forsyth 2020,
-    section 3, with the half-samples for points)."""
-    return 2 * value - replicates.mean().item()
-
-
-def widen_to_binomial(
-    replicates,  # (R,)
-    value,  # a proportion
-    count,  # of so many items
-):
-    """Replicates whose standard deviation is at least the binomial error of the proportion.
-
-    Half-samples may all be at 1 where the whole is not."""
-    binomial = math.sqrt(value * (1 - value) / count)
-    mean = replicates.mean()  # ()
-    factor = max(1.0, binomial / max(replicates.std().item(), 1e-12))
-    return mean + factor * (replicates - mean)

@@ -1,0 +1,195 @@
+"""Tables, text and page of an evaluation."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+from ddp.metrics.evaluate import to_json
+from ddp.metrics.report import (
+    comparison_table,
+    error_text,
+    html_page,
+    interval_text,
+    nested_rows,
+    report_lines,
+    subject_tables,
+    write_report,
+)
+from ddp.metrics.uncertainty import Estimate
+
+HOSTILE = "<script>alert(1)</script>"
+CELL = to_json(Estimate.mean(torch.rand(50)))
+
+
+def evaluation_of(*subjects, comparison=()):
+    """An evaluation as evaluate.py writes it; subjects: dicts, metric -> results."""
+    named = []
+    for i, results in enumerate(subjects):
+        about = {"checkpoint": "/a&b.pth", "step": 3}
+        named.append({"name": f"{HOSTILE}{i}", "about": about, **results})
+    return {
+        "dataset": {"name": HOSTILE, "event": [1, 8, 8], "classes": ["<0>"], "train": 9, "test": 5},
+        "recipe": {
+            "seed": 0,
+            "command": "python evaluate.py --checkpoint '<b>'",
+            "unit": "nats",
+            "vlb_items": 5,
+            "nll_items": 4,
+            "dequant_samples": 2,
+            "num_samples": 5,
+            "baseline_items": 5,
+            "reference": "test",
+            "feature_spaces": {"classifier": {"accuracy": 0.5, "trained_on": "labels"}},
+        },
+        "warnings": ["too few <items>"],
+        "entropy": None,
+        "subjects": named,
+        "comparison": list(comparison),
+    }
+
+
+def table_of(results):
+    """The only table of such results, as a dict: name of a row -> cells."""
+    (table,) = subject_tables(results, evaluation_of(results))
+    return table.head, {row[0]: row[1:] for row in table.rows}
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (1.23456, 0.0456, "1.235 [1.145, 1.324]"),
+        (123.456, 12.3, "123 [99, 148]"),
+        (0.5, 0.0, "0.500 [0.500, 0.500]"),
+        (0.12345678, 1e-7, "0.12346 [0.12346, 0.12346]"),
+    ],
+)
+def test_an_interval_shows_the_digits_that_its_error_allows(value, error, text):
+    interval = [value - 1.96 * error, value + 1.96 * error]
+    assert interval_text({"value": value, "error": error, "interval": interval}) == text
+
+
+def test_cells_without_an_error():
+    alone = {"value": 0.5, "error": None, "interval": [None, None]}
+    assert interval_text(alone) == error_text(alone) == "0.5000"
+    assert error_text({"value": 0.5, "error": 0.25, "interval": [0, 1]}) == "0.5000 ± 0.2500"
+    assert [error_text(cell) for cell in (None, 1234567, 0.123456)] == ["", "1,234,567", "0.1235"]
+
+
+def test_nested_rows_take_any_depth():
+    assert nested_rows(CELL) == {"": {"": CELL}}
+    assert nested_rows({"a": CELL, "n": 3}) == {"a": {"": CELL}, "n": {"": 3}}
+    tree = {"a": {"mean": CELL, "deep": {"x": 1, "y": 2}}, "names": ["left", "out"], "text": "too"}
+    assert nested_rows(tree) == {"a": {"mean": CELL}, "a, deep": {"x": 1, "y": 2}}
+
+
+def test_feature_tables_say_which_way_is_better():
+    row = {"samples": CELL, "real_vs_real": CELL, "relative_to_real": None}
+    head, rows = table_of({"pixels": {"fd": row, "recall": row}})
+    assert head == ["", "samples", "real vs real", "relative to real"]
+    assert set(rows) == {"fd ↓", "recall ↑"}
+    assert rows["fd ↓"] == [interval_text(CELL), interval_text(CELL), ""]
+
+
+def test_classifier_tables_have_the_classes():
+    row = {"samples": CELL, "real_vs_real": CELL, "relative_to_real": CELL}
+    results = {"classifier": {"confident": row, "counts": {"samples": [7], "real": [9]}}}
+    evaluation = evaluation_of(results)
+    classes, distances = subject_tables(results, evaluation)
+    assert classes.rows == [["<0>", "7", "9"]]
+    assert "50.0%" in distances.note
+    assert len(distances.rows) == 1
+
+
+def test_likelihood_tables_end_with_the_entropy():
+    results = {"vlb": {"discrete": {"total": CELL, "monte_carlo": 0.5}}}
+    evaluation = evaluation_of(results)
+    evaluation["entropy"] = CELL
+    (table,) = subject_tables(results, evaluation)
+    assert table.head == ["", "total", "monte_carlo"]
+    assert table.rows[0] == ["discrete", error_text(CELL), "0.5"]
+    assert table.rows[1] == ["entropy of the data", error_text(CELL), ""]
+    assert table.note.startswith("nats")
+    results = {"ode_nll": {"uniform": {"total": CELL}}}
+    (table,) = subject_tables(results, evaluation)
+    assert "4 test items, 2 dequantizations each" in table.note
+
+
+def test_memorization_table_does_without_a_ratio():
+    median = {"samples": 1.0, "heldout": 0.0}
+    results = {"near_duplicates": CELL, "copies": 3, "median_distance": median, "closest": []}
+    _, rows = table_of({"memorization": results})
+    assert rows["exact copies"] == ["3"]
+    assert "" in [cells[0] for cells in rows.values()]
+
+
+def test_comparison_table_has_a_column_for_each_subject():
+    row = {"samples": CELL, "real_vs_real": CELL, "relative_to_real": CELL}
+    first = {"pixels": {"fd": row}}
+    second = {"pixels": {"fd": row}, "vlb": {"discrete": {"total": CELL}}}
+    name = f"{HOSTILE}1"
+    comparison = [
+        {"subject": name, "path": "pixels/fd/samples", "difference": CELL},
+        {"subject": name, "path": "vlb/discrete/total", "difference": None},
+    ]
+    table = comparison_table(evaluation_of(first, second, comparison=comparison))
+    assert table.head == ["", f"{HOSTILE}0", name, "real vs real", f"{name} - {HOSTILE}0"]
+    text = interval_text(CELL)
+    assert table.rows[0] == ["pixels/fd", text, text, text, text]
+    assert table.rows[1] == ["vlb/discrete/total", "", text, "", ""]
+    assert comparison_table(evaluation_of(first)) is None
+
+
+def test_report_lines_end_with_the_warnings():
+    evaluation = evaluation_of({"pixel_stats": {"channel 0": {"mean": {"samples": CELL}}}})
+    lines = report_lines(evaluation)
+    assert lines[-1] == "warning: too few <items>"
+    assert "   channel 0, mean  " + error_text(CELL) in lines
+
+
+class Tags(HTMLParser):
+    """Which tags are open at the end, and whether any was closed out of order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in ("meta", "img", "html", "p"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag != "p":
+            assert self.open.pop() == tag
+
+
+def test_a_page_needs_no_network_and_escapes_what_it_is_given():
+    row = {"samples": CELL, "real": CELL, "difference": CELL}
+    evaluation = evaluation_of({"pixel_stats": {HOSTILE: {"mean": row}}})
+    page = html_page(evaluation, [{"a <caption>": Image.new("L", (4, 4))}])
+    assert HOSTILE not in page
+    assert "<b>" not in page
+    assert "<items>" not in page
+    assert "<script" not in page
+    assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)
+    assert "http" not in page
+    assert "data:image/png;base64," in page
+    assert 'name="viewport"' in page
+    assert error_text(CELL) in page
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+
+
+def test_write_report_names_figures_by_their_caption(tmp_path):
+    evaluation = evaluation_of({}, {})
+    image = Image.new("L", (4, 4))
+    write_report(tmp_path, evaluation, [{"a b, and more": image}, {"a b": image}])
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"evaluation.json", "evaluation.html"} < names
+    assert "1-_script_alert_1_script_0-a_b.png" in names
+    assert len(names) == 4
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
