@@ -229,7 +229,7 @@ class Config:
                 "attention_resolutions, patch_size and channel_mult are for images, not points"
             )
         preset = dict(PRESETS.get(self.dataset, PRESETS[kind]))
-        preset["network"] = "unet" if dataset.is_image else "mlp"
+        preset.setdefault("network", "unet" if dataset.is_image else "mlp")
         chosen = {name: value for name, value in preset.items() if getattr(self, name) is None}
         if kind == "points" and self.precision == "auto":
             chosen["precision"] = "fp32"  # bf16 tells no nearer points apart than 1/128

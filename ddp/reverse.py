@@ -74,7 +74,7 @@ class Block(nn.Module):
         else:
             spatial = [1] * (x.ndim - 2)
             scale, shift = film.reshape(-1, film.shape[-1], *spatial).chunk(2, dim=1)
-            h = torch.addcmul(shift, self.norm1(self.layer1(x)), 1 + scale)
+            h = torch.addcmul(shift, self.norm1(self.layer1(x)), 1 + scale)  # FiLM
         h = self.dropout(self.activation(h))
         h = self.norm2(self.layer2(h))
         return self.activation(h.add_(self.skip(x)))

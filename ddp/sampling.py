@@ -165,7 +165,7 @@ def with_guidance(denoise, weak, cfg_scale, interval=(-math.inf, math.inf), resc
         if not interval[0] <= log_snr <= interval[1]:
             return x0_hat
         x0_weak = weak(x_t, log_snr)
-        x0_guided = x0_weak + cfg_scale * (x0_hat - x0_weak)
+        x0_guided = x0_weak + cfg_scale * (x0_hat - x0_weak)  # CFG
         if rescale:
             std_ratio = x0_hat.flatten(1).std(dim=1) / x0_guided.flatten(1).std(dim=1)  # (B,)
             x0_guided = x0_guided * expand(1 + rescale * (std_ratio - 1), x0_guided)
@@ -230,7 +230,7 @@ def sample_loop(
             log_snr_before = log_snr_t
             log_snr_t = log_snr_t - 2 * math.log1p(gamma)
             x_t = q_step_sample(x_t, log_snr_before, log_snr_t, noise)
-        x0_hat = denoise(x_t, log_snr_t.to(x_t))
+        x0_hat = denoise(x_t, log_snr_t.to(x_t))  # one NFE
         if sampler.corrector and history and project is None:  # a projection moved x_t
             x_t = sampler.corrector(x0_hat, log_snr_t, history)
         context = {"noise": noise, "denoise": denoise, "history": history, **options}

@@ -188,7 +188,8 @@ class Trainer:
         self.step += 1
         # EMA with warm-up: the start must not weigh on the whole of a short run
         decay = min(self.config.ema_decay, self.step / (self.step + 9))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1 - decay)
+        weights = list(self.model.parameters())
+        torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - decay)  # the EMA
         return grad_norm
 
     # ---- the EMA model ----

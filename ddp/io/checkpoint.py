@@ -42,38 +42,29 @@ RESUME_KEYS = {  # what a run needs to go on
 }
 MAX_EVENT_SIZE = 1 << 24  # numbers in one item; a sanity limit for untrusted files
 
-# Format 1, written before ddp 0.2, called some weights differently: (part of a name, now).
-RENAMED_WEIGHTS = [
-    (".first.", ".layer1."),
-    (".second.", ".layer2."),
-    (".modulation.", ".film."),
-    (".project.", ".proj."),
-    ("schedule.network.ends", "schedule.network.endpoints"),
-    ("schedule.network.weight", "schedule.network.logits"),
-]
-RENAMED_ENDS = {  # the same for the first and the last layer of each network
-    "unet": [("network.door.", "network.conv_in."), ("network.out.", "network.conv_out.")],
-    "mlp": [("network.door.", "network.proj_in."), ("network.out.", "network.proj_out.")],
+RENAMED_WEIGHTS = {  # part of a name in format 1, before ddp 0.2 -> now; {} is conv or proj
+    "network.door.": "network.{}_in.",
+    "network.out.": "network.{}_out.",
+    ".first.": ".layer1.",
+    ".second.": ".layer2.",
+    ".modulation.": ".film.",
+    ".project.": ".proj.",
+    "schedule.network.ends": "schedule.network.endpoints",
+    "schedule.network.weight": "schedule.network.logits",
 }
 
 
-def git(*arguments):
-    """What git says of this repository, or None when there is no repository."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", root, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
 def provenance(dataset):
-    """Where a checkpoint comes from: versions, the git commit of the code if any, the data."""
-    commit = git("rev-parse", "HEAD")
-    if commit and git("status", "-s", "-uno"):  # files that differ from it
-        commit += "-dirty"
+    """Return where a checkpoint comes from: versions, the code's git commit if any, the data."""
+    root = Path(__file__).parents[2]
+    commit = None
+    if (root / ".git").exists():
+        describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
+        command = ["git", "-C", root, *describe]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        commit = result.stdout.strip() or None
     return {
-        "ddp": getattr(ddp, "__version__", None),
+        "ddp": ddp.__version__,
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),
@@ -84,7 +75,7 @@ def provenance(dataset):
 
 
 def checkpoint_state(trainer):
-    """All that a run must remember, as a checkpoint's dict."""
+    """Return all that a run must remember, as a checkpoint's dict."""
     return {
         "format": FORMAT,
         "config": dataclasses.asdict(trainer.config),
@@ -96,7 +87,7 @@ def checkpoint_state(trainer):
 
 
 def strip_training_state(state):
-    """The checkpoint without what only training needs: a third to a quarter of its size."""
+    """Return a checkpoint without what only training needs: a third to a quarter of its size."""
     return {key: state[key] for key in INFERENCE_KEYS}
 
 
@@ -107,9 +98,7 @@ def write_checkpoint(path, state):
     for part in ("model", "ema"):
         for name, weight in state.get(part, {}).items():
             if not weight.isfinite().all():
-                raise FloatingPointError(
-                    f"{part} weight {name} is not finite; {path} is not written"
-                )
+                raise FloatingPointError(f"{name} of {part} is not finite; {path} is not written")
 
     def write(temporary):
         try:
@@ -123,7 +112,7 @@ def write_checkpoint(path, state):
 
 
 def read_checkpoint(path):
-    """The dict in `path`, on the CPU, in the present format.
+    """Return the dict in `path`, on the CPU, in the present format.
 
     Raises OSError, saying why, for anything but a whole checkpoint."""
     path = Path(path)
@@ -136,12 +125,14 @@ def read_checkpoint(path):
     if state["format"] not in (1, FORMAT):
         raise OSError(f"{path} has format {state['format']}; this version reads up to {FORMAT}")
     for part in ("ema", "model"):
-        require_weights(path, state.get(part, {}))
+        for name, weight in state.get(part, {}).items():
+            if not isinstance(name, str) or not isinstance(weight, torch.Tensor):
+                raise OSError(f"{path} is not a checkpoint of this project: {name} is not a weight")
     return upgrade(state) if state["format"] == 1 else state
 
 
 def read_archive(path):
-    """What torch.save wrote to `path`, on the CPU. Raises OSError when it is damaged or hostile.
+    """Return what torch.save wrote to `path`. Raises OSError when it is damaged or hostile.
 
     torch.load checks no checksum and unpickles on request: here every CRC of the archive is
     verified first, and only tensors and plain types are read."""
@@ -155,18 +146,11 @@ def read_archive(path):
         reason = str(error).splitlines()[0]
         raise OSError(f"{path} is damaged or not a checkpoint ({reason})") from None
     except pickle.UnpicklingError:
-        raise OSError(
-            f"{path} holds more than tensors and plain types and was not loaded; "
-            "it is not a checkpoint of this project"
-        ) from None
+        raise OSError(f"{path} holds more than tensors and plain types; not loaded") from None
 
 
-def require_keys(
-    path,  # to be named in the error
-    state,
-    keys,  # name -> type or types
-):
-    """Raise OSError unless `state` is a dict that holds all `keys`, each of its type."""
+def require_keys(path, state, keys):
+    """Raise OSError unless `state` is a dict that holds all `keys`, each of its type or types."""
     if not isinstance(state, dict):
         raise OSError(f"{path} is not a checkpoint of this project: it holds a {type(state)}")
     wrong = [name for name, kind in keys.items() if not isinstance(state.get(name, ...), kind)]
@@ -177,50 +161,40 @@ def require_keys(
         )
 
 
-def require_weights(path, weights):
-    """Raise OSError unless `weights` maps names to tensors."""
-    for name, weight in weights.items():
-        if not isinstance(name, str) or not isinstance(weight, torch.Tensor):
-            raise OSError(f"{path} is not a checkpoint of this project: {name} is not a weight")
-
-
 def upgrade(state):
-    """A checkpoint of format 1 in the present format.
+    """Return a checkpoint of format 1 in the present format.
 
     To keep it so: write_checkpoint(path, read_checkpoint(path)), which changes no number."""
-    network = "unet" if len(state["event"]) == 3 else "mlp"
-    config = {"network": network}
+    is_image = len(state["event"]) == 3
+    config = {"network": "unet" if is_image else "mlp"}
     for name, value in state["config"].items():
         name = OLD_NAMES.get(name, name)
         if isinstance(value, str):  # a choice; numbers kept their meaning
             value = OLD_VALUES.get(name, {}).get(value, value)
         config[name] = value
     new = {**state, "format": FORMAT, "config": config}
-    for part in [part for part in ("ema", "model") if part in state]:
+    for part in ("ema", "model"):
         weights = {}
-        for name, weight in state[part].items():
-            for old, now in RENAMED_WEIGHTS + RENAMED_ENDS[network]:
-                name = name.replace(old, now)
+        for name, weight in state.get(part, {}).items():
+            for old, now in RENAMED_WEIGHTS.items():
+                name = name.replace(old, now.format("conv" if is_image else "proj"))
             weights[name] = weight
         loss_sq_ema = weights.pop("schedule.squares", None)  # importance sampling's
-        new[part] = weights
-        if part == "model":
-            new["noise_dist"] = {} if loss_sq_ema is None else {"loss_sq_ema": loss_sq_ema}
+        if part in state:
+            new[part] = weights
+    if "model" in state:  # the last one that was looked at
+        new["noise_dist"] = {} if loss_sq_ema is None else {"loss_sq_ema": loss_sq_ema}
     return new
 
 
 def parse_config(state, path):
-    """The Config in a checkpoint. Raises OSError when it holds what this version does not know."""
+    """Return a checkpoint's Config. Raises OSError when it has what this version does not know."""
     network = state["config"].get("network")
     if isinstance(network, str) and network not in NETWORKS:
         raise OSError(
             f"{path} needs network={network}, which is not registered; "
-            "first import the file that adds it to ddp.reverse.NETWORKS"
+            "give plugin=FILE, the file that registers it, or import it first"
         )
-    known = {field.name for field in dataclasses.fields(Config)}
-    unknown = sorted(str(name) for name in state["config"] if name not in known)
-    if unknown:
-        raise OSError(f"{path} has a config with unknown settings: {', '.join(unknown)}")
     try:
         return Config(**state["config"])
     except (TypeError, ValueError) as error:
@@ -237,12 +211,10 @@ def misfit_is_os_error(message):
         raise OSError(f"{message} ({reason})") from None
 
 
-def load_model(
-    path,
-    weights="ema",  # or raw
-    device="cpu",
-):
-    """(model in eval mode, config, checkpoint's dict). Raises OSError when it cannot be used."""
+def load_model(path, weights="ema", device="cpu"):
+    """Return (model in eval mode, its Config, the checkpoint's dict); weights: ema or raw.
+
+    Raises OSError when they cannot be used."""
     state = read_checkpoint(path)
     config = parse_config(state, path)
     part = {"ema": "ema", "raw": "model"}[weights]

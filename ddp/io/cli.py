@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
-import importlib.util
 import os
+import runpy
 import signal
 import sys
+import traceback
 
 from ddp.config import OLD_NAMES, OLD_VALUES
 from ddp.editing import EDITS
@@ -93,7 +94,7 @@ def sampler_options(args):
     given = {}
     for field in dataclasses.fields(SamplerOptions):
         value = getattr(args, field.name)
-        if value not in (None, False):
+        if value is not None:
             given[field.name] = value
     return SamplerOptions(**given)
 
@@ -188,13 +189,15 @@ def load_plugins(arguments=None):
     for path in parser.parse_known_args(arguments)[0].plugin:
         if not os.path.isfile(path):
             raise ValueError(f"plugin={path}: there is no such file")
-        name = os.path.splitext(os.path.basename(path))[0]
-        spec = importlib.util.spec_from_file_location(name, path)
-        if spec is None:
-            raise ValueError(f"plugin={path}: expected a Python file, .py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
+        try:
+            runpy.run_path(path)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [frame.lineno for frame in frames if frame.filename == path]
+            if lines:  # a syntax error names its line itself
+                reason += f" (line {lines[-1]})"
+            raise ValueError(f"plugin={path}: {reason}") from None
 
 
 def exit_status(error):

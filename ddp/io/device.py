@@ -5,10 +5,10 @@ import torch
 from ddp.optim import has_fast_bf16
 
 
-def select_device(
-    name="auto",  # auto (CUDA, else MPS, else the CPU) or what torch.device takes
-):
-    """The torch.device called `name`, tried out. Raises ValueError when it cannot be used here."""
+def select_device(name="auto"):
+    """Return the torch.device called `name`, tried out; auto is CUDA, else MPS, else the CPU.
+
+    Raises ValueError when it cannot be used here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and torch.backends.mps.is_available():
@@ -22,11 +22,10 @@ def select_device(
     return device
 
 
-def select_precision(
-    name,  # auto (bf16 where it is fast, else fp32), fp32, bf16 or fp16
-    device,
-):
-    """The precision to train in. Raises ValueError for fp16 without a CUDA GPU."""
+def select_precision(name, device):
+    """Return the precision to train in: fp32, bf16 or fp16; auto is bf16 where it is fast.
+
+    Raises ValueError for fp16 without a CUDA GPU."""
     if name == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
     if name == "fp16" and device.type != "cuda":  # only CUDA's kernels handle its small range well
@@ -34,12 +33,10 @@ def select_precision(
     return name
 
 
-def sampling_dtype(
-    name,  # fp32, bf16, or None: fp32 if the model was trained in that by choice, else the fastest
-    trained_in,  # the precision of the training's config
-    device,
-):
-    """The torch.dtype in which a model holds its weights when it samples."""
+def sampling_dtype(name, trained_in, device):
+    """Return the torch.dtype in which a model holds its weights when it samples.
+
+    `name` is fp32, bf16, or None: fp32 if the training's config asked for it, else the fastest."""
     if name is None:
         name = "fp32" if trained_in == "fp32" else "auto"
     return torch.bfloat16 if select_precision(name, device) == "bf16" else torch.float32
@@ -47,14 +44,12 @@ def sampling_dtype(
 
 def synchronize(device):
     """Wait until the device has done all that it was given; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def set_tf32(allowed):
-    """Whether float32 products on a CUDA GPU may round their factors to TF32's 10 bits."""
+    """Choose whether float32 products on a CUDA GPU may round their factors to TF32's 10 bits."""
     precision = "tf32" if allowed else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision

@@ -3,8 +3,8 @@
 import math
 import time
 from collections import Counter
+from functools import partial
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record_profile
@@ -33,11 +33,10 @@ KINDS = {  # words in the names of PyTorch's operations, of which the first that
 OTHER = "the rest"
 
 
-def dry_run(
-    trainer,  # takes one step
-    folder,  # of the run; the figure is written next to it
-):
-    """One step, and lines of text: the schedule's ends, the weight of each noise level, memory."""
+def dry_run(trainer, folder):
+    """Take one step, and return lines of text: the schedule's ends, its noise levels, memory.
+
+    A figure is written next to `folder`, that of the run."""
     schedule = trainer.model.schedule
     memory = memory_report(trainer)
     rows = noise_levels(trainer)
@@ -58,7 +57,7 @@ def dry_run(
 
 
 def schedule_summary(config, schedule):
-    """Lines of text: the ends of the schedule, and a warning when the last is not noise alone."""
+    """Return lines of text: the schedule's ends, and a warning if the last is not noise alone."""
     clean = schedule.log_snr(0.0).item()
     noisy = schedule.log_snr(1.0).item()  # -inf with zero terminal SNR
     terminal_snr = math.exp(noisy)
@@ -79,7 +78,7 @@ def schedule_summary(config, schedule):
 
 
 def noise_levels(trainer):
-    """Rows (log_snr, fraction of training items, weight in the loss, at most 1), by log_snr.
+    """Return rows (log_snr, fraction of training items, weight in the loss, at most 1).
 
     The weight is that of |v_hat - v|², which is about as large at every level: it is 1 + SNR times
     |x0_hat - x0|²."""
@@ -88,18 +87,15 @@ def noise_levels(trainer):
     log_snr, weight = trainer.noise_dist(trainer.model.schedule, u, config.weighting == "vlb")
     log_snr = log_snr.detach().double().cpu().clamp_min(MIN_LOG_SNR)  # (LEVEL_ITEMS,)
     weight = weight.detach().cpu() * WEIGHTINGS[config.weighting](log_snr) / (1 + log_snr.exp())
-    low = log_snr.min() - 1e-6
-    high = log_snr.max() + 1e-6
-    edges = torch.linspace(low, high, LEVEL_BINS + 1, dtype=torch.float64)
-    bin_index = torch.bucketize(log_snr, edges[1:-1])  # (LEVEL_ITEMS,)
-    fraction = torch.bincount(bin_index, minlength=LEVEL_BINS) / LEVEL_ITEMS  # (LEVEL_BINS,)
-    total = torch.bincount(bin_index, weights=weight, minlength=LEVEL_BINS)  # (LEVEL_BINS,)
+    ends = (log_snr.min().item() - 1e-6, log_snr.max().item() + 1e-6)
+    count, edges = torch.histogram(log_snr, LEVEL_BINS, range=ends)  # (LEVEL_BINS,), one more
+    total, _ = torch.histogram(log_snr, LEVEL_BINS, range=ends, weight=weight)
     centers = (edges[1:] + edges[:-1]) / 2
-    return torch.stack([centers, fraction.double(), total / total.max()], dim=1).tolist()
+    return torch.stack([centers, count / LEVEL_ITEMS, total / total.max()], dim=1).tolist()
 
 
 def memory_report(trainer):
-    """Bytes that training takes, by what they are for: a dict. Takes one step to measure it."""
+    """Take one step, and return the bytes that training takes, by what they are for: a dict."""
     saved = {}  # address -> bytes of what the backward pass needs
 
     def keep(tensor):
@@ -107,10 +103,7 @@ def memory_report(trainer):
         saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    def give_back(tensor):
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, give_back):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         trainer.train_step(0.0)
     size = 0
     for weight in trainer.model.parameters():
@@ -120,48 +113,30 @@ def memory_report(trainer):
     for optimizer in trainer.optimizers:
         for state in optimizer.state.values():
             moments += sum(value.nbytes for value in state.values() if torch.is_tensor(value))
-    return {
-        "weights": size,
-        "EMA": size,  # as large as the weights, and so are the gradients
-        "gradients": size,
-        "optimizer": moments,
-        "activations": sum(saved.values()),
-    }
+    report = dict.fromkeys(("weights", "EMA", "gradients"), size)
+    return report | {"optimizer": moments, "activations": sum(saved.values())}
 
 
 def profile(trainer):
-    """Lines of text: where the time of a training step goes."""
-
-    def step():
-        trainer.train_step(0.0)
-
+    """Return lines of text: where the time of a training step goes."""
     items = trainer.config.batch_size * trainer.config.grad_accumulation
+    step = partial(trainer.train_step, 0.0)
     seconds, fractions = measure(step, PROFILED_STEPS, trainer.device)
     return [*time_table(seconds, fractions, items), "no checkpoint was written"]
 
 
-def measure(
-    step,  # () -> None
-    count,  # calls to time, and calls to profile
-    device,
-):
-    """(seconds of a step, {(kind, part): fraction of them}); on a GPU the fractions are its own."""
+def measure(step, count, device):
+    """Time `count` calls of step() and profile as many; return (seconds of one, fractions).
+
+    fractions: (kind, part) -> fraction of the time; on a GPU of its own time."""
     on_gpu = device.type == "cuda"
-    for _ in range(WARMUP_STEPS):  # kernels are chosen and memory is allocated in the first ones
-        step()
-    synchronize(device)  # a GPU works behind Python's back
-    started = time.perf_counter()
-    for _ in range(count):
-        step()
-    synchronize(device)
-    seconds = (time.perf_counter() - started) / count
+    repeat(step, WARMUP_STEPS, device)  # the first choose kernels and allocate memory
+    seconds = repeat(step, count, device) / count
     activities = [ProfilerActivity.CPU]
     if on_gpu:
         activities.append(ProfilerActivity.CUDA)
     with record_profile(activities=activities) as profiler:
-        for _ in range(count):
-            step()
-        synchronize(device)
+        repeat(step, count, device)
     spent = Counter()  # (kind, part) -> microseconds
     for event in profiler.events():
         if event.device_type != torch.autograd.DeviceType.CPU:
@@ -172,8 +147,17 @@ def measure(
     return seconds, {cell: time / total for cell, time in spent.items()}
 
 
+def repeat(step, count, device):
+    """Call step() `count` times, and return the seconds until the device has done it all."""
+    started = time.perf_counter()
+    for _ in range(count):
+        step()
+    synchronize(device)  # a GPU works behind Python's back
+    return time.perf_counter() - started
+
+
 def kind_of(name):
-    """The kind of an operation, by its name."""
+    """Return the kind of an operation, by its name."""
     if name.startswith("aten::"):
         for kind, words in KINDS.items():
             if any(word in name for word in words):
@@ -182,7 +166,7 @@ def kind_of(name):
 
 
 def part_of(event):
-    """The part of the step in which an operation ran: the span "part ..." around it."""
+    """Return the part of the step in which an operation ran: the span "part ..." around it."""
     while event is not None:
         if event.name.startswith("part "):
             return event.name.removeprefix("part ")
@@ -192,27 +176,17 @@ def part_of(event):
     return OTHER
 
 
-def time_table(
-    seconds,  # and fractions: of `measure`
-    fractions,
-    items,  # in a step
-):
-    """Lines of text: a table of the kinds of operation in each part of a step."""
-    parts_seen = {part for _, part in fractions}
-    parts = [part for part in PARTS if part in parts_seen]
-    titles = "".join(f"{title:>11}" for title in [*parts, "all"])
-    lines = [
-        f"a step takes {seconds * 1e3:.1f} ms, {items / seconds:,.0f} items a second; of it",
-        f"{'':<20}{titles}",
-    ]
-    sums = np.zeros(len(parts))
-    for kind in (*KINDS, OTHER):
-        cells = np.array([fractions.get((kind, part), 0.0) for part in parts])
-        sums += cells
-        lines.append(table_row(kind, cells))
-    return [*lines, table_row("all", sums)]
-
-
-def table_row(title, cells):
-    """One line of the table, with the sum of its cells."""
-    return f"{title:<20}" + "".join(f"{cell:11.1%}" for cell in [*cells, sum(cells)])
+def time_table(seconds, fractions, items):
+    """Return lines of text: a table of what `measure` returned of a step on so many items."""
+    cells = Counter()
+    for (kind, part), fraction in fractions.items():
+        for cell in ((kind, part), (kind, "all"), ("all", part), ("all", "all")):
+            cells[cell] += fraction
+    parts = [part for part in (*PARTS, "all") if ("all", part) in cells]
+    titles = "".join(f"{part:>11}" for part in parts)
+    lines = [f"a step takes {seconds * 1e3:.1f} ms, {items / seconds:,.0f} items a second; of it"]
+    lines.append(" " * 20 + titles)
+    for kind in (*KINDS, OTHER, "all"):
+        row = "".join(f"{cells[kind, part]:11.1%}" for part in parts)
+        lines.append(f"{kind:<20}{row}")
+    return lines

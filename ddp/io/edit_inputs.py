@@ -9,87 +9,62 @@ from ddp.sampling import SAMPLERS
 DEFAULT_COUNT = 64  # samples, where nothing says how many
 
 
-def check_edit(
-    sampler,  # SamplerOptions, as the user gave them
-    name,  # a key of EDITS, or None: plain samples
-    path,  # what the user gives to edit, or "" where the edit works without
-    mask=None,
-    strength=None,
-    jump_length=None,
-    jump_n_sample=None,
-):
-    """Return the SamplerOptions that suit an edit. Raises ValueError when something does not."""
+def check_edit(sampler, name, path, mask=None, strength=None, **jumps):
+    """Return the SamplerOptions that suit an edit. Raises ValueError when something does not.
+
+    name: a key of EDITS, or None for plain samples. path: what the user gives to edit, or "".
+    jumps: jump_length and jump_n_sample, None where the user gives none."""
     if strength is not None and name != "image":
         raise ValueError(f"strength={strength} is for image")
     if strength is not None and not 0 < strength <= 1:
         raise ValueError(f"strength={strength}: expected more than 0, at most 1")
     if mask == "" or bool(mask) != (name == "inpaint"):
         raise ValueError("inpaint and mask go together, each with a path")
-    if (jump_length or jump_n_sample) and name != "inpaint":
+    if any(jumps.values()) and name != "inpaint":
         raise ValueError("jump_length and jump_n_sample are for inpaint")
     if name is None:
         return sampler
     edit = EDITS[name]
     if not path and not edit.optional:
         raise ValueError(f"{name}='': expected a path")
-    noisy = sampler.eta or sampler.s_churn
-    if sampler.sampler is not None:
-        noisy = noisy or SAMPLERS[sampler.sampler].stochastic
-    if edit.deterministic and noisy:
+    stochastic = sampler.sampler and SAMPLERS[sampler.sampler].stochastic
+    if edit.deterministic and (stochastic or sampler.eta or sampler.s_churn):
         raise ValueError(f"{name} needs a sampler without noise: no eta, no s_churn, not ddpm")
     if not path:
         return sampler
     if edit.inverts and sampler.sampler not in (None, "ddim"):
         raise ValueError(f"sampler={sampler.sampler}: {name} inverts ddim, and no other")
-    changes = {}
-    for option, default in edit.defaults.items():
-        if getattr(sampler, option) is None:
-            changes[option] = default
+    defaults = {k: v for k, v in edit.defaults.items() if getattr(sampler, k) is None}
     if sampler.eta is not None:
-        changes.pop("sampler", None)  # eta says ddim
-    return dataclasses.replace(sampler, **changes)
+        defaults.pop("sampler", None)  # eta says ddim
+    return dataclasses.replace(sampler, **defaults)
 
 
-def read_edit_inputs(
-    model,
-    options,  # of SamplerOptions.resolve
-    steps,  # as the user gave them, or None
-    seed,
-    name,  # a key of EDITS
-    path,  # what the user gives to edit, or ""
-    mask=None,  # a path
-    strength=None,
-    jump_length=None,
-    jump_n_sample=None,
-):
+def read_edit_inputs(model, options, steps, seed, name, path, mask=None, **given):
     """Return (EditInputs, number of samples, lines of text that say what was read).
 
-    Raises OSError when a file cannot be read, ValueError when it does not fit."""
+    options: of SamplerOptions.resolve. steps: as the user gave them, or None. given: the other
+    arguments of check_edit. Raises OSError when a file cannot be read, ValueError when it does
+    not fit."""
     edit = EDITS[name]
     if edit.steps and steps is None:
         options = options | {"steps": min(edit.steps, model.schedule.timesteps or edit.steps)}
-    inputs = EditInputs(model, options, seed, name)
-    items = None
-    summary = []
-    if path and edit.reads == "latents":
-        items, summary = read_latents(path, model.event)
-        inputs.latents = items
-    elif path:
-        items, summary = read_items(path, model.event)
-        inputs.items = items
+    settings = {k: v for k, v in given.items() if v is not None}
+    length = settings.setdefault("jump_length", max(1, min(10, options["steps"] // 2)))
+    if length >= max(2, options["steps"]):  # 1 is the default for one step, where none is undone
+        raise ValueError(f"jump_length={length}: expected fewer than {options['steps']} steps")
+    inputs = EditInputs(model, options, seed, name, **settings)
+    if not path:
+        return inputs, DEFAULT_COUNT, []
+    if edit.reads == "latents":
+        inputs.latents, summary = read_latents(path, model.event)
+        return inputs, len(inputs.latents), summary
+    inputs.items, summary = read_items(path, model.event)
+    count = len(inputs.items)
     if mask:
         inputs.mask = load_mask(mask, model.event)
-        if len(inputs.mask) not in (1, len(items)):
-            raise ValueError(f"mask={mask}: {len(inputs.mask)} masks for {len(items)} items")
-    inputs.strength = inputs.strength if strength is None else strength
-    inputs.jump_length = jump_length or max(1, min(10, options["steps"] // 2))
-    inputs.jump_n_sample = jump_n_sample or inputs.jump_n_sample
-    if jump_length and jump_length >= options["steps"]:
-        raise ValueError(f"jump_length={jump_length}: expected fewer than {options['steps']} steps")
-    if items is None:
-        return inputs, DEFAULT_COUNT, summary
-    if name != "interpolate":
-        return inputs, len(items), summary
-    if len(items) < 2:
+        if len(inputs.mask) not in (1, count):
+            raise ValueError(f"mask={mask}: {len(inputs.mask)} masks for {count} items")
+    if name == "interpolate" and count < 2:
         raise ValueError(f"interpolate={path}: one item has no other to go to; give two or more")
-    return inputs, FRAMES * (len(items) - 1), summary
+    return inputs, FRAMES * (count - 1) if name == "interpolate" else count, summary

@@ -32,21 +32,20 @@ SAMPLE_IMAGES = 64  # that are written as a run goes
 SAMPLE_POINTS = 2000
 
 
-def resolve_run(
-    overrides,  # the fields of Config that were set: a dict
-    resume=None,  # a checkpoint, a run's folder, auto (the newest of this run), or None: a new run
-):
-    """(config, folder, path of the checkpoint, its dict); the last two are None for a new run.
+def resolve_run(overrides, resume=None):
+    """Return (config, folder, the checkpoint's path, its dict); of a new run the last two are None.
 
-    Nothing is created. Raises ValueError when something there would be overwritten, OSError when
-    the checkpoint cannot be read."""
-    overrides = dict(overrides)  # the caller's stays as it is
+    overrides: the fields of Config that were set. resume: a checkpoint, a run's folder, or auto,
+    the newest of this run. Nothing is created. Raises ValueError when something there would be
+    overwritten, OSError when the checkpoint cannot be read."""
     if "dataset" in overrides:
-        overrides["dataset"] = resolve_name(overrides["dataset"])
+        overrides = overrides | {"dataset": resolve_name(overrides["dataset"])}
     config = Config(**overrides)
-    path = None if resume is None else find_checkpoint(config, resume)
+    dataset = Path(config.dataset)
+    name = config.name or (dataset.stem if dataset.is_file() else dataset.name)
+    folder = Path(config.out_dir) / name
+    path = find_checkpoint(folder, resume, may_number=not config.name)
     if path is None:
-        folder = Path(config.out_dir) / default_name(config)
         return config, new_folder(folder, may_number=not config.name), None, None
     state = read_checkpoint(path)
     if "optimizer" not in state:
@@ -55,7 +54,7 @@ def resolve_run(
         )
     require_keys(path, state, RESUME_KEYS)
     config = resume_config(parse_config(state, path), overrides)  # or it would be another run
-    own = path.parent  # the run that the checkpoint is of
+    own = path.parent
     folder = Path(overrides.get("out_dir", own.parent)) / overrides.get("name", own.name)
     if folder.resolve() != own.resolve():  # a branch: a new run from this checkpoint
         return config, new_folder(folder), path, state
@@ -71,20 +70,13 @@ def resolve_run(
     return config, own, path, state
 
 
-def default_name(config):
-    """The run's name: as configured, else that of its dataset."""
-    dataset = Path(config.dataset)
-    return config.name or (dataset.stem if dataset.is_file() else dataset.name)
+def new_folder(folder, may_number=False):
+    """Return the folder for a new run, with may_number the first free of it, folder-2, ...
 
-
-def new_folder(
-    folder,
-    may_number=False,  # whether folder-2, folder-3, ... will do
-):
-    """The folder for a new run. Raises ValueError if it holds one: nothing is ever overwritten."""
+    Raises ValueError where something would be lost: a checkpoint, or a row in the log."""
     free = folder
     i = 1
-    while has_run(free):
+    while any(free.glob("*.pth")) or read_log(free):
         if not may_number:
             raise ValueError(
                 f"name={folder.name}: {folder.resolve()} holds a run already; choose another "
@@ -95,20 +87,16 @@ def new_folder(
     return free
 
 
-def has_run(folder):
-    """Whether there is something to lose: a checkpoint, or a row in the log."""
-    return any(folder.glob("*.pth")) or bool(read_log(folder))
-
-
-def find_checkpoint(config, resume):
-    """The path that `resume` means, or None when it is auto and there is no run yet."""
-    path = Path(resume)
+def find_checkpoint(folder, resume, may_number):
+    """Return the path that `resume` means, or None: there is no run at `folder` to go on with."""
+    if resume is None:
+        return None
     if resume == "auto":
-        numbered = "" if config.name else r"(-\d+)?"  # digits, digits-2, ...
-        own = re.compile(re.escape(default_name(config)) + numbered)
-        last = Path(config.out_dir).glob("*/last.pth")
-        candidates = [other for other in last if own.fullmatch(other.parent.name)]
-        return max(candidates, key=lambda other: other.stat().st_mtime, default=None)
+        own = re.escape(folder.name) + (r"(-\d+)?" if may_number else "")  # digits, digits-2, ...
+        paths = folder.parent.glob("*/last.pth")
+        paths = [path for path in paths if re.fullmatch(own, path.parent.name)]
+        return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+    path = Path(resume)
     if path.is_dir():  # a run
         path = path / "last.pth"
     others = sorted(other.name for other in path.parent.glob("*.pth"))
@@ -118,14 +106,11 @@ def find_checkpoint(config, resume):
 
 
 class RunDir:
-    """Writes a run's log.csv, last.pth, best.pth, step_*.pth, model.pth, samples/ and loss.png."""
+    """A writer of log.csv, last.pth, best.pth, step_*.pth, model.pth, samples/ and loss.png.
 
-    def __init__(
-        self,
-        folder,
-        resume_path=None,  # the checkpoint that it goes on from; the log next to it is kept
-        step=0,  # at which it goes on
-    ):
+    A run that goes on from a checkpoint keeps the log next to it, up to its step."""
+
+    def __init__(self, folder, resume_path=None, step=0):
         self.folder = folder.resolve()
         self.pending = []  # rows that are not in log.csv yet
         self.latest_loss = math.nan  # the newest one that was looked at
@@ -133,11 +118,8 @@ class RunDir:
         rows = [row for row in old if int(row["step"]) <= step]  # later ones are done again
         atomic_write(self.folder / "log.csv", partial(write_rows, rows=rows))
 
-    def log_step(
-        self,
-        stats,  # a ddp.training.StepStats
-    ):
-        """Remember a step. On a GPU the losses stay there, and are checked now and then.
+    def log_step(self, stats):
+        """Remember a step's StepStats. On a GPU the losses stay there, and are checked at times.
 
         Raises FloatingPointError when a loss is not finite."""
         row = [stats.step, stats.epoch, stats.loss, stats.grad_norm, stats.lr, None]
@@ -150,16 +132,17 @@ class RunDir:
         for row in self.pending[-CHECK_EVERY:]:
             row[2] = float(row[2])  # loss
             row[3] = float(row[3])  # gradient norm
-            if not math.isfinite(row[2]):
-                raise self.divergence_error(f"the loss became {row[2]} at step {row[0]}")
+            self.require_finite(row[2], "loss", row[0])
             self.latest_loss = row[2]
 
-    def divergence_error(self, reason):
-        """What to raise when training diverged."""
-        return FloatingPointError(
-            f"{reason}. Nothing was saved since {self.folder / 'last.pth'}, if that is there. "
-            "Try a lower lr, a smaller grad_clip, more warmup, or precision=fp32"
-        )
+    def require_finite(self, loss, name, step):
+        """Raise FloatingPointError, which says what may help, when a loss is not finite."""
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the {name} became {loss} at step {step}. Nothing was saved since "
+                f"{self.folder / 'last.pth'}, if that is there. "
+                "Try a lower lr, a smaller grad_clip, more warmup, or precision=fp32"
+            )
 
     def write_log(self, test_loss=None):
         """Append the remembered steps to log.csv, the last with its test loss."""
@@ -172,18 +155,13 @@ class RunDir:
                 writer.writerow([f"{v:.9g}" if isinstance(v, float) else v for v in row])
         self.pending = []
 
-    def save(
-        self,
-        trainer,
-        keep,  # how many step_*.pth stay
-    ):
-        """Test the EMA model and write last.pth, step_*.pth and, if it is the best, best.pth.
+    def save(self, trainer, keep):
+        """Test the EMA model, write last.pth, step_*.pth and, if it is the best, best.pth.
 
-        Returns what was done, a line."""
+        Of step_*.pth the newest `keep` stay. Returns a line that says what was done."""
         trainer.recalibrated_ema()  # BatchNorm statistics that belong to the EMA weights
         test_loss = trainer.test_loss()
-        if not math.isfinite(test_loss):
-            raise self.divergence_error(f"the test loss became {test_loss} at step {trainer.step}")
+        self.require_finite(test_loss, "test loss", trainer.step)
         self.write_log(test_loss)
         copies = []
         if trainer.best is None or test_loss < trainer.best:
@@ -212,31 +190,36 @@ class RunDir:
         return f"step {trainer.step:,}: done, wrote {path} ({path.stat().st_size / 1e6:.1f} MB)"
 
     def write_samples(self, trainer):
-        """Write samples of the EMA model from fixed noise, and the loss curve. Returns a line."""
+        """Write the loss curve, and samples of the EMA model from fixed noise. Returns a line."""
         self.write_log()
+        curve = to_pil(loss_curve(read_log(self.folder)))
+        curve_path = atomic_write(self.folder / "loss.png", curve.save)
         dtype = sampling_dtype(None, trainer.precision, trainer.device)
         model = trainer.recalibrated_ema().for_inference(dtype)
         indices = torch.arange(SAMPLE_IMAGES if model.is_image else SAMPLE_POINTS)
         label = cycle_labels(model, indices)  # (N,) or None
         options = SamplerOptions().resolve(model)
-        x0 = sample(model, indices, trainer.config.seed, label, **options)  # (N, *event)
+        try:
+            x0 = sample(model, indices, trainer.config.seed, label, **options)  # (N, *event)
+        except FloatingPointError:  # of points, early in a run; the weights are finite
+            return f"step {trainer.step:,}: samples are not finite yet, no image written"
         reference = None if model.is_image else trainer.dataset.test
         image = grid_or_scatter(to_pixels(x0).cpu(), reference)
-        curve = to_pil(loss_curve(read_log(self.folder)))
         path = atomic_write(self.folder / "samples" / f"step_{trainer.step:08d}.png", image.save)
-        curve_path = atomic_write(self.folder / "loss.png", curve.save)
         return f"step {trainer.step:,}: wrote {path}, {curve_path}"
 
 
 def read_log(folder):
-    """The rows of log.csv, dicts of strings, without a last row that a crash cut short."""
-    if not (folder / "log.csv").exists():
+    """Return the rows of log.csv, dicts of strings, without a last row that a crash cut short."""
+    path = folder / "log.csv"
+    if not path.exists():
         return []
-    with open(folder / "log.csv", newline="", errors="replace") as f:  # a crash writes anything
+    with open(path, newline="", errors="replace") as f:  # a crash writes anything
         return [row for row in csv.DictReader(f) if None not in row.values()]
 
 
 def write_rows(path, rows):
+    """Write log.csv anew."""
     with open(path, "w", newline="") as f:
         writer = csv.DictWriter(f, COLUMNS)
         writer.writeheader()

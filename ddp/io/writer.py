@@ -26,7 +26,7 @@ def parse_output(
     format,  # some of FORMATS, separated by commas, or None: what suits `out`
     checkpoint,  # path of the model that samples
 ):
-    """(path, formats) to write to. Raises ValueError when the two disagree or `out` exists."""
+    """Return (path, formats) to write to. Raises ValueError when they disagree or `out` exists."""
     suffix = Path(out or "").suffix.lower()
     formats = format.split(",") if format else [FILE_FORMATS.get(suffix, "grid")]
     if suffix == ".png" and formats == ["png"]:
@@ -46,7 +46,7 @@ def parse_output(
 
 @contextlib.contextmanager
 def atomic_output(path):
-    """A hidden folder that becomes `path`; if `path` names a file, the only file in it does."""
+    """Make a hidden folder that becomes `path`, or whose only file does if that names a file."""
     if path.suffix.lower() not in FILE_FORMATS:
         with atomic_dir(path) as folder:
             yield folder
@@ -59,68 +59,60 @@ def atomic_output(path):
         only.replace(path)
 
 
-class SampleWriter:
+class SampleWriter(contextlib.ExitStack):
     """A context that writes samples as they come; `path` appears when all is well, or not at all.
 
-    Afterwards `written` lists the files."""
+    path and formats: of parse_output; event: the shape of a sample; total: how many will come;
+    reference: items to show right of them; options: titles and columns of grid_or_scatter."""
 
-    def __init__(
-        self,
-        path,  # and formats: of parse_output
-        formats,
-        event,  # shape of a sample
-        total,  # how many will come
-        reference=None,  # items to show right of the samples, or None
-        **options,  # of grid_or_scatter: titles, columns
-    ):
+    def __init__(self, path, formats, event, total, reference=None, **options):
+        super().__init__()
         self.path = path.absolute()
         self.formats = formats
+        self.event = event
         self.total = total
         self.options = options
         self.is_image = len(event) == 3
-        self.item_shape = (*event[1:], event[0]) if self.is_image else tuple(event)  # (H, W, C)
         self.count = 0  # samples written so far
         self.shown = []  # the first samples, for the grid
         self.references = [] if reference is None else [reference]
         self.arrays = {}  # name -> parts, for the .npz
-        self.written = []
 
     @property
     def num_animated(self):
         """How many samples an animation shows."""
         return min(self.total, ANIMATED_IMAGES if self.is_image else ANIMATED_POINTS)
 
+    @property
+    def written(self):
+        """The files, after all went well."""
+        return [self.path] if self.path.is_file() else sorted(self.path.iterdir())
+
     def __enter__(self):
-        with contextlib.ExitStack() as stack:
-            self.folder = stack.enter_context(atomic_output(self.path))
-            if "npz" in self.formats:
-                self.open_archive(stack)
-            self.stack = stack.pop_all()  # from here on __exit__ leaves the contexts
+        self.folder = self.enter_context(atomic_output(self.path))
+        if "npz" in self.formats:
+            self.open_archive()
+        self.push(self.finish)  # contexts are left, and this is called, in reverse order
         return self
 
-    def open_archive(self, stack):
+    def open_archive(self):
         """Start samples.npz with an array whose bytes follow, sample by sample.
 
         numpy writes whole arrays only, but an .npz is a .zip of .npy files."""
-        self.archive = zipfile.ZipFile(self.folder / "samples.npz", "w")
-        stack.callback(close_quietly, self.archive)
-        name = "images" if self.is_image else "points"
-        self.array = self.archive.open(f"{name}.npy", "w", force_zip64=True)
-        stack.callback(close_quietly, self.array)
-        header = {
-            "descr": "|u1" if self.is_image else "<f4",
-            "fortran_order": False,
-            "shape": (self.total, *self.item_shape),
-        }
+        name, dtype, shape = "points", "<f4", self.event
+        if self.is_image:
+            channels, height, width = self.event
+            name, dtype, shape = "images", "|u1", (height, width, channels)
+        self.archive = self.enter_context(zipfile.ZipFile(self.folder / "samples.npz", "w"))
+        self.array = self.enter_context(self.archive.open(f"{name}.npy", "w", force_zip64=True))
+        header = {"descr": dtype, "fortran_order": False, "shape": (self.total, *shape)}
         np.lib.format.write_array_header_1_0(self.array, header)
 
-    def add(
-        self,
-        items,  # the next samples on the CPU: uint8 (B, C, H, W) or float32 (B, D)
-        reference=None,  # items to show right of them, or None
-        **arrays,  # (B, ...) tensors for the .npz, such as labels; None is left out
-    ):
-        """Write the next samples."""
+    def add(self, items, reference=None, **arrays):
+        """Write the next samples, on the CPU: uint8 (B, C, H, W) or float32 (B, D).
+
+        reference: items to show right of them. arrays: (B, ...) tensors for the .npz, such as
+        labels; None is left out."""
         items = items.numpy()
         wanted = (GRID_IMAGES if self.is_image else SCATTER_POINTS) - self.count
         if wanted > 0:
@@ -140,39 +132,24 @@ class SampleWriter:
                 image.save(self.folder / f"{i:06d}.png")
         self.count += len(items)
 
-    def animate(
-        self,
-        states,  # iterable of samples like those of `add`, from noise to data
-    ):
-        """Write an animation of the states, of at most MAX_FRAMES frames."""
+    def animate(self, states):
+        """Write an animation of states, each like the items of `add`, in at most MAX_FRAMES."""
         states = list(states)
         keep = np.linspace(0, len(states) - 1, MAX_FRAMES).round().astype(int)
         columns = self.options.get("columns")
         frames = [grid_or_scatter(states[i], columns=columns) for i in np.unique(keep)]
         save_animation(frames, self.folder / "process.gif")
 
-    def finish(self):
-        """Write the grid, and the arrays that came with the samples."""
+    def finish(self, error, *_):
+        """Write the grid, and the arrays that came with the samples, unless there was an error."""
+        if error:
+            return
         if "grid" in self.formats or ("png" in self.formats and not self.is_image):
             reference = np.concatenate(self.references) if self.references else None
             image = grid_or_scatter(np.concatenate(self.shown), reference, **self.options)
             image.save(self.folder / "grid.png")
         if "npz" in self.formats:
-            self.array.close()
+            self.array.close()  # the archive takes one array at a time
             for name, parts in self.arrays.items():
                 with self.archive.open(f"{name}.npy", "w", force_zip64=True) as f:
                     np.lib.format.write_array(f, np.concatenate(parts))
-            self.archive.close()
-
-    def __exit__(self, kind, error, traceback):
-        if kind is not None:
-            return self.stack.__exit__(kind, error, traceback)
-        with self.stack:  # on leaving, the folder takes its name; after an error it is removed
-            self.finish()
-        self.written = [self.path] if self.path.is_file() else sorted(self.path.iterdir())
-
-
-def close_quietly(file):
-    """Close what an error left open; on a full disk that fails, too."""
-    with contextlib.suppress(OSError, ValueError):
-        file.close()
