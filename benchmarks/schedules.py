@@ -1,96 +1,147 @@
-"""The variance of the bound's estimate under each noise schedule, on one model.
+"""The variance of the VLB's estimate under each noise schedule, on one model.
 
 python benchmarks/schedules.py --checkpoint checkpoints/learned/model.pth
 
-The model knows of the noise level only, so the diffusion term of its bound can be estimated with
+The network is given the noise level only, so the diffusion term of its VLB can be estimated with
 any schedule between the same two ends: the mean is one, the variance is not. Every schedule is cut
-to the ends of the model's own. Prints a table and writes it to JSON."""
+to the ends of the model's own. Prints a table and writes it to JSON.
+"""
 
-import argparse
-import json
 import math
 import sys
-from pathlib import Path
 
 import torch
-from script import exit_code
+from _common import make_parser, write_json
 
-from ddp import data, schedule
-from ddp.checkpoint import load_model
-from ddp.config import expect
-from ddp.data import to_float
-from ddp.forward import uniform
-from ddp.likelihood import denoised, diffusion_rate
+from ddp.data import load_dataset, to_float
+from ddp.io.checkpoint import load_model
+from ddp.io.cli import add_flag, command, require_at_least
+from ddp.loss import vlb_diffusion
+from ddp.metrics.likelihood import noise_and_denoise
+from ddp.rng import normal, uniform
 from ddp.schedule import Schedule
 
-
-def time_of(schedule, log_snr):
-    """t at which the schedule reaches log_snr, by bisection."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if schedule.log_snr(middle) > log_snr else (low, middle)
-    return (low + high) / 2
+FIXED = ("linear", "cosine", "sigmoid", "karras", "flow")  # of SCHEDULES
+MARGIN = 1e-12  # of time: fixed schedules are cut by the model's ends, not by their own
+ITEMS = 2000  # test items
+BISECTIONS = 60
 
 
-def estimates(model, schedule, x0, seed):
-    """One estimate of the diffusion term of each item, bits/dim (nats for points), (B,); None when
-    the schedule does not reach the model's ends."""
-    ends = [model.schedule.log_snr(t).item() for t in (0.0, 1.0)]
-    first, last = (time_of(schedule, end) for end in ends)
-    reached = [schedule.log_snr(t).item() for t in (first, last)]
-    if max(abs(a - b) for a, b in zip(ends, reached, strict=True)) > 1e-3:
-        return None
-    indices = torch.arange(len(x0))
-    t = first + (last - first) * uniform(seed, "test", 1 << 21, indices).double()
-    log_snr = schedule.log_snr(t).to(x0)
-    x0_hat, _ = denoised(model, x0, log_snr, seed, 1 << 21, indices, None)
-    unit = math.log(2) * x0[0].numel() if model.is_image else 1.0
-    width = (last - first) * schedule.slope(t).to(x0)
-    return width * diffusion_rate(x0, x0_hat, log_snr) / unit
+class WideSchedule(Schedule):
+    """A fixed schedule in continuous time, nearly to log_snr = +inf and -inf."""
+
+    def __init__(self, name):
+        super().__init__(name, timesteps=0)
+
+    def log_snr(self, t):
+        t = torch.as_tensor(t, dtype=torch.float64)
+        return self.function(MARGIN + (1 - 2 * MARGIN) * t)
 
 
-class Line(Schedule):
-    """Evenly in log_snr between the ends of another."""
+class EvenSchedule(Schedule):
+    """A line in log_snr between the ends of another schedule."""
 
     def __init__(self, other):
-        super().__init__("cosine", 0)
-        self.clean, self.noisy = (other.log_snr(t).item() for t in (0.0, 1.0))
+        super().__init__("cosine", timesteps=0)
+        self.clean = other.log_snr(0.0).item()
+        self.noisy = other.log_snr(1.0).item()
 
     def log_snr(self, t):
         return self.clean + (self.noisy - self.clean) * torch.as_tensor(t, dtype=torch.float64)
 
 
+def time_of(schedule, log_snr):
+    """Return t at which the schedule reaches log_snr, by bisection."""
+    low = 0.0
+    high = 1.0
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if schedule.log_snr(middle) > log_snr:
+            low = middle
+        else:
+            high = middle
+    return (low + high) / 2
+
+
+def cut(schedule, model):
+    """Return the times (first, last) at which the schedule is at the ends of the model's own.
+
+    None when it does not reach them."""
+    times = []
+    for t in (0.0, 1.0):
+        end = model.schedule.log_snr(t).item()
+        times.append(time_of(schedule, end))
+        if abs(schedule.log_snr(times[-1]).item() - end) > 1e-3:
+            return None
+    return times
+
+
+def estimate_diffusion(model, schedule, times, x0, seed):
+    """Return an estimate of each item's diffusion term, (B,), bits/dim, or nats for points."""
+    first, last = times
+    indices = torch.arange(len(x0))
+    u = uniform(seed, "benchmark", 0, indices).double()  # (B,)
+    t = first + (last - first) * u
+    log_snr = schedule.log_snr(t).to(x0)  # (B,)
+    eps = normal(seed, "vlb_eps", 0, indices, model.event)
+    x0_hat = noise_and_denoise(model, x0, log_snr, eps)
+    unit = math.log(2) * x0[0].numel() if model.is_image else 1.0
+    weight = (last - first) * schedule.neg_dlogsnr_dt(t).to(x0)  # log_snr passed in a unit of u
+    return weight * vlb_diffusion(x0, x0_hat, log_snr) / unit
+
+
+def measure(name, model, schedule, x0, seeds):
+    """Return one row of the table, or None when the schedule does not reach the model's ends."""
+    times = cut(schedule, model)
+    if times is None:
+        return None
+    replicates = []
+    for seed in range(seeds):
+        replicates.append(estimate_diffusion(model, schedule, times, x0, seed))
+    replicates = torch.stack(replicates).double()  # (seeds, B)
+    return {
+        "schedule": name,
+        "mean": replicates.mean().item(),
+        "se": replicates.mean(dim=1).std().item() / seeds**0.5,
+        "variance": replicates.var(dim=0).mean().item(),
+    }
+
+
+def parse(arguments=None):
+    parser = make_parser(__doc__, "schedules.py")
+    add_flag(parser, "checkpoint", required=True, help="a checkpoint of a run in continuous time")
+    add_flag(parser, "seeds", type=int, default=20, help="estimates of each item")
+    add_flag(parser, "out", default="schedules.json", help="file for the table")
+    return parser.parse_args(arguments)
+
+
 @torch.no_grad()
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", required=True, help="of a run in continuous time")
-    parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--out", default="schedules.json")
-    args = parser.parse_args()
-    expect(args, seeds=2)
+def main(args):
+    require_at_least(args, seeds=2)
     model, config, _ = load_model(args.checkpoint)
-    x0 = to_float(data.load(**config.data()).test[:2000])
-    # the fixed schedules are cut by the model's ends, not by their own
-    schedule.TIME_MARGIN = 1e-12
-    schedules = {"the model's": model.schedule, "even in log-SNR": Line(model.schedule)}
-    for name in ("linear", "cosine", "sigmoid", "karras", "flow"):
-        schedules[name] = Schedule(name, 0)
+    if model.schedule.table is not None:
+        raise ValueError(f"checkpoint={args.checkpoint}: expected one trained with timesteps=0")
+    x0 = to_float(load_dataset(**config.data_options()).test[:ITEMS])
+    schedules = {"the model's": model.schedule, "even in log-SNR": EvenSchedule(model.schedule)}
+    for name in FIXED:
+        schedules[name] = WideSchedule(name)
     rows = []
     print(f"{'schedule':<18} {'diffusion term':>22} {'variance':>10} {'to the model':>13}")
-    for name, candidate in schedules.items():
-        draws = [estimates(model, candidate, x0, seed) for seed in range(args.seeds)]
-        if draws[0] is None:
+    for name, schedule in schedules.items():
+        row = measure(name, model, schedule, x0, args.seeds)
+        if row is None:
             print(f"{name:<18} does not reach the ends of the model's")
             continue
-        draws = torch.stack(draws).double()
-        variance = draws.var(dim=0).mean().item()
-        mean, error = draws.mean().item(), draws.mean(dim=1).std().item() / args.seeds**0.5
-        rows.append({"schedule": name, "mean": mean, "se": error, "variance": variance})
-        ratio = variance / rows[0]["variance"]
-        print(f"{name:<18} {mean:12.4f} ± {error:.4f} {variance:10.4f} {ratio:12.2f}x", flush=True)
-    Path(args.out).write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1))
+        rows.append(row)
+        ratio = row["variance"] / rows[0]["variance"]
+        print(
+            f"{name:<18} {row['mean']:12.4f} ± {row['se']:.4f} {row['variance']:10.4f} "
+            f"{ratio:12.2f}x",
+            flush=True,
+        )
+    write_json(args.out, {"rows": rows})
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("schedules.py", main))
+    sys.exit(command(main, parse))

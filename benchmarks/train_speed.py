@@ -4,184 +4,282 @@ python benchmarks/train_speed.py [--dataset mnist --data_dir PATH] [any other fl
 
 "alone" is forward and backward of each convolution of the step, over and over by itself: its
 tensors stay in the cache if they fit, and what it copies counts, which in the step's table is among
-the copies. Prints tables and writes them to JSON, with a figure."""
+the copies. Prints tables and writes them to JSON, with a figure.
+"""
 
 import argparse
 import collections
 import copy
 import dataclasses
-import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-from ceilings import about, seconds_of
+from _common import describe_machine, make_parser, seconds_per_call, write_json
 from matplotlib.figure import Figure
-from script import exit_code
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ddp import config, data, device, profiling
+from ddp.config import Config
+from ddp.data import load_dataset
+from ddp.forward import q_sample
+from ddp.io.cli import add_config_flags, add_flag, add_plugin_flag, command
+from ddp.io.device import select_device, select_precision, set_tf32
+from ddp.io.diagnostics import measure, time_table
+from ddp.loss import denoising_loss
 from ddp.training import Trainer
 
 COSTS = {
     "batch_size": (32, 64, 128, 256),
-    "width": (16, 32, 48, 64),
+    "channels_base": (16, 32, 48, 64),
     "resolution": (16, 28, 32, 64),
 }
-QUICK = {"batch_size": (4, 8), "width": (8, 16), "resolution": (8, 12)}
-TIMING = {False: {}, True: {"least": 0.01, "repetitions": 1}}  # --quick
-PROFILED = {False: 20, True: 2}  # steps
-PICTURES = 1024  # of noise, in the place of a dataset of another resolution
+QUICK_COSTS = {"batch_size": (4, 8), "channels_base": (8, 16), "resolution": (8, 12)}
+QUICK_TIMING = {"min_seconds": 0.01, "repetitions": 1}
+PROFILED_STEPS = 20
+QUICK_STEPS = 2
+NOISE_IMAGES = 1024  # in the place of a dataset of another resolution
 
 
-def trainer_of(settings, dataset):
-    where = device.pick_device(settings.device)
-    precision = device.pick_precision(settings.precision, where)
-    device.use_tf32(precision != "fp32")
-    return Trainer(settings, dataset, where, precision)
+@dataclasses.dataclass(frozen=True)
+class ConvCall:
+    """How a convolution is called: calls with equal fields take equal time."""
+
+    layer: nn.Conv2d  # layers of one kind count as the first of them
+    shape: tuple  # of the input, (B, C, H, W)
+    stride: tuple  # of the input in memory
+    dtype: torch.dtype  # of the output
+    has_gradient: bool  # whether the input's gradient is computed
 
 
-def convolutions(model, function):
-    """{(layer, shape, stride, dtype of the output, whether the input has a gradient): calls} in a
-    call of function(); layers of one kind count as the first of them."""
-    calls, layers = collections.Counter(), {}
+def make_trainer(config, dataset):
+    device = select_device(config.device)
+    precision = select_precision(config.precision, device)
+    set_tf32(precision != "fp32")
+    return Trainer(config, dataset, device, precision)
+
+
+def forward_backward(trainer, x0, label):
+    """Run the network forward and backward once, as a training step does."""
+    config = trainer.config
+    log_snr = torch.zeros(len(x0), device=trainer.device)  # whichever: no work depends on it
+    x_t = q_sample(x0, log_snr, trainer.eps(0, x0))
+    with trainer.autocast():
+        x0_hat = trainer.model.denoise(x_t, log_snr, label)
+    denoising_loss(x0_hat, x0, log_snr, config.weighting, config.loss).mean().backward()
+
+
+def count_convolutions(
+    model,
+    function,  # () -> None, which runs the model
+):
+    """Return how often each ConvCall occurs in a call of function(), a Counter."""
+    calls = collections.Counter()
+    kinds = {}  # text -> the first layer of that kind
 
     def record(layer, inputs, output):
-        x, kind = inputs[0], layers.setdefault(repr(layer), layer)
-        calls[kind, tuple(x.shape), x.stride(), output.dtype, x.requires_grad] += 1
+        x = inputs[0]
+        kind = kinds.setdefault(repr(layer), layer)
+        calls[ConvCall(kind, tuple(x.shape), x.stride(), output.dtype, x.requires_grad)] += 1
 
-    found = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    hooks = [layer.register_forward_hook(record) for layer in found]
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            hooks.append(module.register_forward_hook(record))
     function()
     for hook in hooks:
         hook.remove()
     return calls
 
 
-def alone(layer, shape, stride, dtype, has_gradient, where, timing):
-    """What one of `convolutions` takes by itself, as a row."""
-    layer = copy.deepcopy(layer).to(dtype)
-    x = torch.empty_strided(shape, stride, dtype=dtype, device=where).normal_()
-    wanted = [*layer.parameters()] + [x.requires_grad_()] * has_gradient
+def measure_alone(call, device, timing):
+    """Return a row: what one ConvCall takes by itself, forward and backward."""
+    layer = copy.deepcopy(call.layer).to(call.dtype)
+    x = torch.empty_strided(call.shape, call.stride, dtype=call.dtype, device=device).normal_()
+    inputs = [*layer.parameters()]  # of which gradients are computed
+    if call.has_gradient:
+        inputs.append(x.requires_grad_())
     gradient = torch.randn_like(layer(x))
     positions = gradient.numel() // layer.out_channels
-    seconds = seconds_of(lambda: torch.autograd.grad(layer(x), wanted, gradient), where, **timing)
-    flops = (2 + has_gradient) * 2 * positions * layer.weight.numel()
-    row = dict(channels_in=layer.in_channels, channels_out=layer.out_channels)
-    row.update(kernel=layer.kernel_size[0], height=shape[2], width=shape[3], batch=shape[0])
-    return row | {"flops": flops, "seconds": seconds}
+    passes = 2 + call.has_gradient  # forward, gradient of the weight, and of the input
+    seconds = seconds_per_call(
+        lambda: torch.autograd.grad(layer(x), inputs, gradient), device, **timing
+    )
+    batch, _, height, width = call.shape
+    return {
+        "channels_in": layer.in_channels,
+        "channels_out": layer.out_channels,
+        "kernel": layer.kernel_size[0],
+        "height": height,
+        "width": width,
+        "batch": batch,
+        "flops": passes * 2 * positions * layer.weight.numel(),
+        "seconds": seconds,
+    }
 
 
-def step_of(trainer, quick):
-    """What a step takes, what its convolutions do, and what those take alone, as a dict."""
-    settings, where = trainer.config, trainer.device
-    items = settings.batch_size * settings.grad_accumulation
-    x0, label = trainer.training_batch(0, settings.batch_size, settings.noise_draws)
-    level = torch.zeros(len(x0), device=where)  # whichever: no work depends on it
-
-    def network():
-        loss = trainer.unweighted(trainer.model, x0, label, level, 0, "train").mean()
-        loss.backward()
-
-    calls = convolutions(trainer.model, network)
-    with FlopCounterMode(display=False) as counter:
-        network()
-    trainer.model.zero_grad()
-    spent, batches = counter.get_flop_counts()["Global"], settings.grad_accumulation
-    flops = batches * sum(spent.values())
-    of_them = batches * sum(n for name, n in spent.items() if "convolution" in str(name))
-    step = lambda: trainer.train_step(0.0)  # noqa: E731
-    seconds, shares = profiling.measure(step, PROFILED[quick], where)
-    print("", *profiling.lines(seconds, shares, items), sep="\n")
+def measure_layers(calls, batches, device, timing):
+    """Print and return a row for each ConvCall, how often it occurs in a step included."""
     print("\n     in    out kernel height  width  batch  calls   ms alone  GFLOP/s")
     rows = []
-    for found, count in calls.items():
-        rows.append(row := alone(*found, where, TIMING[quick]) | {"calls": batches * count})
-        *shape, one, took, times = row.values()
-        cells = "".join(f"{n:7}" for n in (*shape, times))
-        print(f"{cells}{1e3 * took:11.3f}{one / took / 1e9:9.1f}", flush=True)
-    inside = seconds * sum(s for (kind, _), s in shares.items() if kind == "convolutions")
-    outside = sum(row["calls"] * row["seconds"] for row in rows)
-    print(
-        f"\nthe network takes {flops / 1e9:.2f} GFLOP a step, forward and backward, of which "
-        f"convolutions {of_them / flops:.1%}",
-        f"convolutions in the step: {1e3 * inside:.2f} ms, {of_them / inside / 1e9:.1f} GFLOP/s",
-        f"convolutions alone: {1e3 * outside:.2f} ms, {of_them / outside / 1e9:.1f} GFLOP/s, "
-        f"{outside / inside:.2f} of the time in the step",
-        sep="\n",
-    )
-    found = dict(seconds=seconds, pictures_a_second=items / seconds, flops=flops)
-    found.update(flops_of_convolutions=of_them, in_step=inside, alone=outside, layers=rows)
-    shares = [{"kind": k, "part": part, "share": s} for (k, part), s in shares.items()]
-    return found | {"shares": shares}
+    for call, count in calls.items():
+        row = measure_alone(call, device, timing)
+        row["calls"] = batches * count
+        names = ("channels_in", "channels_out", "kernel", "height", "width", "batch", "calls")
+        cells = "".join(f"{row[name]:7}" for name in names)
+        speed = row["flops"] / row["seconds"] / 1e9
+        print(f"{cells}{1e3 * row['seconds']:11.3f}{speed:9.1f}", flush=True)
+        rows.append(row)
+    return rows
 
 
-def costs(settings, dataset, quick):
-    """Rows of what a step costs as one thing at a time is changed."""
-    for name, values in (QUICK if quick else COSTS).items():
-        print(f"\n{name:<12}    ms a step   pictures/s")
+def count_flops(function):
+    """Return the FLOPs of a call of function(), and those of its convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        function()
+    flops = 0
+    conv_flops = 0
+    for name, count in counter.get_flop_counts()["Global"].items():
+        flops += count
+        if "convolution" in str(name):
+            conv_flops += count
+    return flops, conv_flops
+
+
+def measure_step(trainer, quick):
+    """Return what a step takes, what its convolutions do, and what they take alone, a dict."""
+    config = trainer.config
+    batches = config.grad_accumulation  # of a step
+    items = config.batch_size * batches
+    x0, label = trainer.training_batch(0, config.batch_size, config.noise_copies)
+    network = partial(forward_backward, trainer, x0, label)
+    calls = count_convolutions(trainer.model, network)
+    flops, conv_flops = count_flops(network)
+    trainer.model.zero_grad()
+    steps = QUICK_STEPS if quick else PROFILED_STEPS
+    seconds, fractions = measure(partial(trainer.train_step, 0.0), steps, trainer.device)
+    print("", *time_table(seconds, fractions, items), sep="\n")
+    layers = measure_layers(calls, batches, trainer.device, QUICK_TIMING if quick else {})
+    table = []
+    in_step = 0.0  # seconds of the convolutions
+    for (kind, part), fraction in fractions.items():
+        table.append({"kind": kind, "part": part, "fraction": fraction})
+        if kind == "convolutions":
+            in_step += seconds * fraction
+    return {
+        "seconds": seconds,
+        "images_per_second": items / seconds,
+        "flops": batches * flops,
+        "conv_flops": batches * conv_flops,
+        "in_step": in_step,
+        "alone": sum(row["calls"] * row["seconds"] for row in layers),
+        "layers": layers,
+        "fractions": table,
+    }
+
+
+def summary(step):
+    """Return lines of text: FLOPs of a step, and its convolutions in the step and alone."""
+    conv_flops = step["conv_flops"]
+    in_step = step["in_step"]
+    alone = step["alone"]
+    return [
+        f"\nthe network takes {step['flops'] / 1e9:.2f} GFLOP a step, forward and backward, of "
+        f"which convolutions {conv_flops / step['flops']:.1%}",
+        f"convolutions in the step: {1e3 * in_step:.2f} ms, {conv_flops / in_step / 1e9:.1f} "
+        "GFLOP/s",
+        f"convolutions alone: {1e3 * alone:.2f} ms, {conv_flops / alone / 1e9:.1f} GFLOP/s, "
+        f"{alone / in_step:.2f} of the time in the step",
+    ]
+
+
+def change(name, value, config, dataset):
+    """Return the config and the dataset with one of COSTS changed."""
+    if name != "resolution":
+        return dataclasses.replace(config, **{name: value}), dataset
+    size = (min(NOISE_IMAGES, len(dataset.train)), dataset.event[0], value, value)
+    noise = torch.randint(256, size, dtype=torch.uint8)
+    return config, dataclasses.replace(dataset, train=noise)
+
+
+def costs(config, dataset, quick):
+    """Yield rows of what a step costs as one thing at a time is changed."""
+    for name, values in (QUICK_COSTS if quick else COSTS).items():
+        print(f"\n{name:<13}   ms a step     images/s")
         for value in values:
-            changed, shown = settings, dataset
-            if name == "resolution":
-                size = (min(PICTURES, len(dataset.train)), dataset.event[0], value, value)
-                noise = torch.randint(256, size, dtype=torch.uint8)
-                shown = dataclasses.replace(dataset, train=noise)
-            else:
-                changed = dataclasses.replace(settings, **{name: value})
             try:
-                trainer = trainer_of(changed, shown)
-            except ValueError as error:  # --attention names sizes that other pictures lack
+                trainer = make_trainer(*change(name, value, config, dataset))
+            except ValueError as error:  # attention_resolutions that other images lack
                 print(f"{value:<12} {error}")
                 continue
-            step = lambda t=trainer: t.train_step(0.0)  # noqa: E731
-            seconds = seconds_of(step, trainer.device, **TIMING[quick])
-            speed = changed.batch_size * changed.grad_accumulation / seconds
+            step = partial(trainer.train_step, 0.0)
+            seconds = seconds_per_call(step, trainer.device, **(QUICK_TIMING if quick else {}))
+            items = trainer.config.batch_size * trainer.config.grad_accumulation
+            speed = items / seconds
             print(f"{value:<12} {1e3 * seconds:12.2f} {speed:12,.0f}", flush=True)
-            yield {"what": name, "value": value, "seconds": seconds, "pictures_a_second": speed}
+            yield {"what": name, "value": value, "seconds": seconds, "images_per_second": speed}
 
 
-def draw(rows):
+def plot(rows):
+    """Return a Figure of the speed against each of COSTS."""
     figure = Figure(figsize=(9, 3), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(COSTS), sharey=True), COSTS, strict=True):
-        line = {r["value"]: r["pictures_a_second"] for r in rows if r["what"] == name}
-        axes.loglog(line.keys(), line.values(), "o-")
-        axes.set_xticks(list(line), map(str, line))
+    panels = figure.subplots(1, len(COSTS), sharey=True)
+    for axes, name in zip(panels, COSTS, strict=True):
+        speeds = {}  # value -> images per second
+        for row in rows:
+            if row["what"] == name:
+                speeds[row["value"]] = row["images_per_second"]
+        axes.loglog(speeds.keys(), speeds.values(), "o-")
+        axes.set_xticks(list(speeds), [str(value) for value in speeds])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.set_xlabel(name)
-    figure.axes[0].set_ylabel("pictures a second")
+    panels[0].set_ylabel("images per second")
     return figure
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
-    config.add_flags(parser, config.Config)
-    parser.add_argument("--quick", action="store_true", default=False, help="to see that it runs")
-    parser.add_argument("--out", default="train_speed.json")
-    given = vars(parser.parse_args())
-    quick, out = given.pop("quick"), Path(given.pop("out"))
-    settings = config.Config(**given)
-    found = about(device.pick_device(settings.device))
-    dataset = data.load(**settings.data(), progress=tqdm)
-    if settings.compile:
-        raise ValueError("--compile: expected the network as it is, layer by layer")
+def parse(arguments=None):
+    parser = make_parser(__doc__, "train_speed.py", argument_default=argparse.SUPPRESS)
+    quick = "measure little: only to see that it runs"
+    add_flag(parser, "quick", action="store_true", default=False, help=quick)
+    add_flag(parser, "out", default="train_speed.json", help="file for the tables")
+    add_config_flags(parser, Config)
+    add_plugin_flag(parser)
+    return parser.parse_args(arguments)
+
+
+def main(args):
+    overrides = dict(vars(args))
+    overrides.pop("plugin", None)
+    quick = overrides.pop("quick")
+    out = Path(overrides.pop("out"))
+    config = Config(**overrides)
+    if config.compile:
+        raise ValueError("compile=True: expected the network as it is, layer by layer")
+    results = describe_machine(select_device(config.device))
+    dataset = load_dataset(**config.data_options(), progress=tqdm)
     if not dataset.is_image:
-        raise ValueError(f"--dataset {settings.dataset}: expected pictures")
-    settings = settings.for_data(dataset)
-    trainer = trainer_of(settings, dataset)
-    print(*dataset.describe(), trainer.describe(), sep="\n")
-    found |= {"config": dataclasses.asdict(settings), "step": step_of(trainer, quick)}
+        raise ValueError(f"dataset={config.dataset}: expected images")
+    config = config.resolve(dataset)
+    trainer = make_trainer(config, dataset)
+    print(*dataset.describe(), sep="\n")
+    print(
+        f"network: {trainer.num_params:,} parameters on {trainer.device}, trained in "
+        f"{trainer.precision}"
+    )
+    results["config"] = dataclasses.asdict(config)
+    results["step"] = measure_step(trainer, quick)
+    print(*summary(results["step"]), sep="\n")
     if trainer.device.type == "cuda":
-        found["gpu_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
-        print(f"memory of the GPU: {found['gpu_bytes'] / 1e6:,.0f} MB")
-    rows = list(costs(settings, dataset, quick))
-    out.write_text(json.dumps(found | {"rows": rows}, indent=1))
-    draw(rows).savefig(out.with_suffix(".png"))
+        results["gpu_bytes"] = torch.cuda.max_memory_allocated(trainer.device)
+        print(f"memory of the GPU: {results['gpu_bytes'] / 1e6:,.0f} MB")
+    results["rows"] = list(costs(config, dataset, quick))
+    write_json(out, results)
+    plot(results["rows"]).savefig(out.with_suffix(".png"))
+    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(exit_code("train_speed.py", main))
+    sys.exit(command(main, parse))
