@@ -30,15 +30,15 @@ INFERENCE_KEYS = {  # what sampling and evaluation need
     "event": list,  # shape of one item
     "classes": list,  # their names
     "ema": dict,  # the averaged weights, and the BatchNorm statistics that belong to them
-    "provenance": dict,
+    "provenance": dict,  # see `provenance`
 }
 RESUME_KEYS = {  # what a run needs to go on
     "model": dict,  # the raw weights
-    "optimizer": list,
-    "scaler": dict,
-    "noise_dist": dict,
+    "optimizer": list,  # the state of each
+    "scaler": dict,  # fp16's
+    "noise_dist": dict,  # what importance sampling has learned
     "best": (float, type(None)),  # lowest test loss
-    "seconds": (float, int),
+    "seconds": (float, int),  # of training
 }
 MAX_EVENT_SIZE = 1 << 24  # numbers in one item; a sanity limit for untrusted files
 
@@ -58,11 +58,11 @@ def provenance(dataset):
     """Return where a checkpoint comes from: versions, the code's git commit if any, the data."""
     root = Path(__file__).parents[2]
     commit = None
-    if (root / ".git").exists():
+    if (root / ".git").exists():  # else git would look in the folders above
         describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
         command = ["git", "-C", root, *describe]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
-        commit = result.stdout.strip() or None
+        commit = result.stdout.strip() or None  # with -dirty when files differ from it
     return {
         "ddp": ddp.__version__,
         "torch": str(torch.__version__),
@@ -119,7 +119,8 @@ def read_checkpoint(path):
     if path.is_dir():
         raise OSError(f"{path} is a folder; give a checkpoint in it, such as {path / 'last.pth'}")
     if not path.is_file():
-        raise OSError(f"there is no checkpoint {path}; train.py prints where it writes them")
+        others = ", ".join(sorted(other.name for other in path.parent.glob("*.pth")))
+        raise OSError(f"there is no checkpoint {path}; its folder holds {others or 'none'}")
     state = read_archive(path)
     require_keys(path, state, INFERENCE_KEYS)
     if state["format"] not in (1, FORMAT):
@@ -176,7 +177,7 @@ def upgrade(state):
     for part in ("ema", "model"):
         weights = {}
         for name, weight in state.get(part, {}).items():
-            for old, now in RENAMED_WEIGHTS.items():
+            for old, now in RENAMED_WEIGHTS.items():  # several may apply
                 name = name.replace(old, now.format("conv" if is_image else "proj"))
             weights[name] = weight
         loss_sq_ema = weights.pop("schedule.squares", None)  # importance sampling's
@@ -217,10 +218,10 @@ def load_model(path, weights="ema", device="cpu"):
     Raises OSError when they cannot be used."""
     state = read_checkpoint(path)
     config = parse_config(state, path)
-    part = {"ema": "ema", "raw": "model"}[weights]
+    part = {"ema": "ema", "raw": "model"}[weights]  # its key
     if part not in state:
         raise OSError(f"{path} was stripped for shipping, without raw weights; use weights=ema")
-    event = state["event"]
+    event = state["event"]  # [C, H, W] or [D]
     num_classes = len(state["classes"]) if config.class_cond else 0
     with misfit_is_os_error(f"{path}: its weights do not fit its config"):
         if min(event) < 1 or math.prod(event) > MAX_EVENT_SIZE:

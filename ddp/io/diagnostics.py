@@ -6,7 +6,6 @@ from collections import Counter
 from functools import partial
 
 import torch
-from torch.profiler import ProfilerActivity
 from torch.profiler import profile as record_profile
 
 from ddp.io.device import synchronize
@@ -20,7 +19,7 @@ MAX_TERMINAL_SNR = 1e-3  # above it the data shows through the noise from which 
 LEVEL_ITEMS = 1 << 16  # noise levels sampled for the table
 LEVEL_BINS = 12  # rows of the table
 PROFILED_STEPS = 20
-WARMUP_STEPS = 5
+WARMUP_STEPS = 5  # in which kernels are chosen and memory is allocated
 PARTS = ("batch", "forward", "backward", "optimizer", "the rest")
 KINDS = {  # words in the names of PyTorch's operations, of which the first that matches counts
     "convolutions": ("conv",),
@@ -47,7 +46,7 @@ def dry_run(trainer, folder):
         lines.append(f"{log_snr:7.2f} {fraction:12.1%}  {weight:9.4f} {bar}")
     parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in memory.items())
     lines.append(f"memory: {sum(memory.values()) / 1e6:,.0f} MB: {parts}")
-    t = torch.linspace(0, 1, 201)
+    t = torch.linspace(0, 1, 201)  # for the curve
     log_snr = schedule.log_snr(t).detach().cpu().clamp_min(MIN_LOG_SNR)  # (201,)
     image = to_pil(schedule_curve(t.tolist(), log_snr.tolist(), rows))
     path = next_free_path(folder.with_name(f"{folder.name}-dry_run"), ".png").resolve()
@@ -58,7 +57,7 @@ def dry_run(trainer, folder):
 
 def schedule_summary(config, schedule):
     """Return lines of text: the schedule's ends, and a warning if the last is not noise alone."""
-    clean = schedule.log_snr(0.0).item()
+    clean = schedule.log_snr(0.0).item()  # at t = 0
     noisy = schedule.log_snr(1.0).item()  # -inf with zero terminal SNR
     terminal_snr = math.exp(noisy)
     lines = [
@@ -88,9 +87,9 @@ def noise_levels(trainer):
     log_snr = log_snr.detach().double().cpu().clamp_min(MIN_LOG_SNR)  # (LEVEL_ITEMS,)
     weight = weight.detach().cpu() * WEIGHTINGS[config.weighting](log_snr) / (1 + log_snr.exp())
     ends = (log_snr.min().item() - 1e-6, log_snr.max().item() + 1e-6)
-    count, edges = torch.histogram(log_snr, LEVEL_BINS, range=ends)  # (LEVEL_BINS,), one more
+    count, edges = torch.histogram(log_snr, LEVEL_BINS, range=ends)
     total, _ = torch.histogram(log_snr, LEVEL_BINS, range=ends, weight=weight)
-    centers = (edges[1:] + edges[:-1]) / 2
+    centers = (edges[1:] + edges[:-1]) / 2  # (LEVEL_BINS,)
     return torch.stack([centers, count / LEVEL_ITEMS, total / total.max()], dim=1).tolist()
 
 
@@ -113,7 +112,7 @@ def memory_report(trainer):
     for optimizer in trainer.optimizers:
         for state in optimizer.state.values():
             moments += sum(value.nbytes for value in state.values() if torch.is_tensor(value))
-    report = dict.fromkeys(("weights", "EMA", "gradients"), size)
+    report = dict.fromkeys(("weights", "EMA", "gradients"), size)  # each as large as the others
     return report | {"optimizer": moments, "activations": sum(saved.values())}
 
 
@@ -130,12 +129,9 @@ def measure(step, count, device):
 
     fractions: (kind, part) -> fraction of the time; on a GPU of its own time."""
     on_gpu = device.type == "cuda"
-    repeat(step, WARMUP_STEPS, device)  # the first choose kernels and allocate memory
+    repeat(step, WARMUP_STEPS, device)
     seconds = repeat(step, count, device) / count
-    activities = [ProfilerActivity.CPU]
-    if on_gpu:
-        activities.append(ProfilerActivity.CUDA)
-    with record_profile(activities=activities) as profiler:
+    with record_profile() as profiler:  # of the CPU, and of a GPU where there is one
         repeat(step, count, device)
     spent = Counter()  # (kind, part) -> microseconds
     for event in profiler.events():
@@ -178,10 +174,10 @@ def part_of(event):
 
 def time_table(seconds, fractions, items):
     """Return lines of text: a table of what `measure` returned of a step on so many items."""
-    cells = Counter()
+    cells = Counter()  # (kind or all, part or all) -> fraction
     for (kind, part), fraction in fractions.items():
         for cell in ((kind, part), (kind, "all"), ("all", part), ("all", "all")):
-            cells[cell] += fraction
+            cells[cell] += fraction  # with the sums of rows and columns
     parts = [part for part in (*PARTS, "all") if ("all", part) in cells]
     titles = "".join(f"{part:>11}" for part in parts)
     lines = [f"a step takes {seconds * 1e3:.1f} ms, {items / seconds:,.0f} items a second; of it"]

@@ -30,7 +30,7 @@ def check_edit(sampler, name, path, mask=None, strength=None, **jumps):
     stochastic = sampler.sampler and SAMPLERS[sampler.sampler].stochastic
     if edit.deterministic and (stochastic or sampler.eta or sampler.s_churn):
         raise ValueError(f"{name} needs a sampler without noise: no eta, no s_churn, not ddpm")
-    if not path:
+    if not path:  # the defaults are for the user's items
         return sampler
     if edit.inverts and sampler.sampler not in (None, "ddim"):
         raise ValueError(f"sampler={sampler.sampler}: {name} inverts ddim, and no other")
@@ -47,14 +47,14 @@ def read_edit_inputs(model, options, steps, seed, name, path, mask=None, **given
     arguments of check_edit. Raises OSError when a file cannot be read, ValueError when it does
     not fit."""
     edit = EDITS[name]
-    if edit.steps and steps is None:
+    if edit.steps and steps is None:  # as many as the edit needs
         options = options | {"steps": min(edit.steps, model.schedule.timesteps or edit.steps)}
     settings = {k: v for k, v in given.items() if v is not None}
     length = settings.setdefault("jump_length", max(1, min(10, options["steps"] // 2)))
-    if length >= max(2, options["steps"]):  # 1 is the default for one step, where none is undone
+    if length >= max(2, options["steps"]):  # one step has nothing to undo
         raise ValueError(f"jump_length={length}: expected fewer than {options['steps']} steps")
     inputs = EditInputs(model, options, seed, name, **settings)
-    if not path:
+    if not path:  # an interpolation between new samples
         return inputs, DEFAULT_COUNT, []
     if edit.reads == "latents":
         inputs.latents, summary = read_latents(path, model.event)

@@ -50,7 +50,7 @@ def scatter(points, reference=None, titles=("samples", "data")):
     clouds = [points] if reference is None else [points, reference]
     figure = Figure(figsize=(5 * len(clouds), 5), layout="constrained")
     panels = figure.subplots(1, len(clouds), squeeze=False)[0]
-    limit = np.abs(np.asarray(clouds[-1])).max() * 1.15 or 1.0
+    limit = np.abs(np.asarray(clouds[-1])).max() * 1.15 or 1.0  # strays of a model lie beyond
     ends = (-limit, limit)
     for axes, title, cloud in zip(panels, titles, clouds, strict=False):  # the title may be spare
         size = min(8.0, 4000 / max(1, len(cloud)) + 0.8)  # smaller where there are many
@@ -84,8 +84,8 @@ def to_pil(figure):
     """Return a Figure as a PIL image; a PIL image as it is."""
     if isinstance(figure, Image.Image):
         return figure
-    figure.set_dpi(80)
-    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(80)  # 560 pixels for the 7 inches of a chart
+    canvas = FigureCanvasAgg(figure)  # draws in memory, without pyplot and its global state
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
@@ -99,25 +99,18 @@ def chart(height, **settings):
     return figure, axes
 
 
-def column(rows, name):
-    """Return one column of log.csv as numbers, (N,)."""
-    return np.array([float(row[name]) for row in rows])
-
-
 def loss_curve(rows):
     """Return a Figure of the training loss, raw and smoothed, and the test loss; rows: log.csv."""
-    steps = column(rows, "step")
-    loss = column(rows, "loss")
+    steps, loss = np.array([(row["step"], row["loss"]) for row in rows], float).T  # (N,) each
     window = max(1, len(loss) // 50)
     total = np.cumsum(np.pad(loss, (window, 0), mode="edge"))
     smooth = (total[window:] - total[:-window]) / window  # moving average, as long as loss
     figure, axes = chart(4.5, xlabel="step", ylabel="loss", yscale="log")
     axes.plot(steps, loss, color="tab:blue", alpha=0.2, linewidth=0.7)
     axes.plot(steps, smooth, color="tab:blue", label=f"train (mean of {window})")
-    tested = [row for row in rows if row["test_loss"]]  # at each save
+    tested = [(row["step"], row["test_loss"]) for row in rows if row["test_loss"]]  # at each save
     if tested:
-        x = column(tested, "step")
-        y = column(tested, "test_loss")
+        x, y = np.array(tested, float).T
         axes.plot(x, y, "o-", color="tab:orange", markersize=4, label="test (EMA)")
     axes.legend()
     return figure
@@ -156,7 +149,7 @@ def metric_ratios(spaces):
         axes.plot(np.maximum(rows[name].interval, least), [y, y], color="tab:blue")
         axes.plot(max(value, 1e-3), y, "o", color="tab:blue")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), names)
+    axes.set_yticks(range(len(rows)), names)  # y is the row, from the bottom
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -169,8 +162,8 @@ def histogram(counts, names):
 
     counts: name of a set -> (classes,); names: of the classes."""
     figure, axes = chart(3.5, ylabel="items")
-    axes.grid(visible=False)
-    width = 0.8 / len(counts)
+    axes.grid(visible=False)  # bars need none
+    width = 0.8 / len(counts)  # of a bar; 1 is from one class to the next
     x = np.arange(len(names))
     for i, (label, heights) in enumerate(counts.items()):
         axes.bar(x + i * width, heights, width, label=label)
@@ -183,7 +176,7 @@ def schedule_curve(t, log_snr, rows):
     """Return a Figure of log-SNR against t, and of how much each noise level counts in training.
 
     rows: (log_snr, fraction of training items, weight in the loss)."""
-    levels, fractions, weights = np.array(rows).T
+    levels, fractions, weights = np.array(rows).T  # (levels,) each
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.plot(t, log_snr)
@@ -191,8 +184,8 @@ def schedule_curve(t, log_snr, rows):
     curves = {"effective weight of |v_hat - v|²": weights, "fraction of training items": fractions}
     for label, values in curves.items():
         right.step(levels, values / values.max(), where="mid", label=label)
-    right.set(xlabel=LOG_SNR_LABEL, ylabel="relative to its maximum")
-    right.set(title="noise levels in training")
+    right.set(xlabel=LOG_SNR_LABEL, title="noise levels in training")
+    right.set(ylabel="relative to its maximum")
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)

@@ -29,7 +29,7 @@ from ddp.sampling import cycle_labels, sample
 CHECK_EVERY = 20  # steps between two looks at the losses on a GPU, where each look waits for it
 COLUMNS = ("step", "epoch", "loss", "grad_norm", "lr", "test_loss")  # of log.csv
 SAMPLE_IMAGES = 64  # that are written as a run goes
-SAMPLE_POINTS = 2000
+SAMPLE_POINTS = 2000  # the same of points
 
 
 def resolve_run(overrides, resume=None):
@@ -40,7 +40,7 @@ def resolve_run(overrides, resume=None):
     overwritten, OSError when the checkpoint cannot be read."""
     if "dataset" in overrides:
         overrides = overrides | {"dataset": resolve_name(overrides["dataset"])}
-    config = Config(**overrides)
+    config = Config(**overrides)  # of a new run
     dataset = Path(config.dataset)
     name = config.name or (dataset.stem if dataset.is_file() else dataset.name)
     folder = Path(config.out_dir) / name
@@ -49,12 +49,10 @@ def resolve_run(overrides, resume=None):
         return config, new_folder(folder, may_number=not config.name), None, None
     state = read_checkpoint(path)
     if "optimizer" not in state:
-        raise OSError(
-            f"{path} was stripped for shipping; resume needs last.pth, best.pth or step_*.pth"
-        )
+        raise OSError(f"{path} was stripped for shipping; resume last.pth, best.pth or step_*.pth")
     require_keys(path, state, RESUME_KEYS)
     config = resume_config(parse_config(state, path), overrides)  # or it would be another run
-    own = path.parent
+    own = path.parent  # the run that the checkpoint is of
     folder = Path(overrides.get("out_dir", own.parent)) / overrides.get("name", own.name)
     if folder.resolve() != own.resolve():  # a branch: a new run from this checkpoint
         return config, new_folder(folder), path, state
@@ -76,7 +74,7 @@ def new_folder(folder, may_number=False):
     Raises ValueError where something would be lost: a checkpoint, or a row in the log."""
     free = folder
     i = 1
-    while any(free.glob("*.pth")) or read_log(free):
+    while any(free.glob("*.pth")) or read_log(free):  # a log without rows is nothing to lose
         if not may_number:
             raise ValueError(
                 f"name={folder.name}: {folder.resolve()} holds a run already; choose another "
@@ -97,12 +95,7 @@ def find_checkpoint(folder, resume, may_number):
         paths = [path for path in paths if re.fullmatch(own, path.parent.name)]
         return max(paths, key=lambda path: path.stat().st_mtime, default=None)
     path = Path(resume)
-    if path.is_dir():  # a run
-        path = path / "last.pth"
-    others = sorted(other.name for other in path.parent.glob("*.pth"))
-    if not path.is_file() and others:
-        raise OSError(f"there is no {path}; resume one of {', '.join(others)} instead")
-    return path
+    return path / "last.pth" if path.is_dir() else path
 
 
 class RunDir:
@@ -116,7 +109,14 @@ class RunDir:
         self.latest_loss = math.nan  # the newest one that was looked at
         old = read_log(resume_path.parent) if resume_path else []
         rows = [row for row in old if int(row["step"]) <= step]  # later ones are done again
-        atomic_write(self.folder / "log.csv", partial(write_rows, rows=rows))
+
+        def write(path):
+            with open(path, "w", newline="") as f:
+                writer = csv.DictWriter(f, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+
+        atomic_write(self.folder / "log.csv", write)
 
     def log_step(self, stats):
         """Remember a step's StepStats. On a GPU the losses stay there, and are checked at times.
@@ -180,7 +180,7 @@ class RunDir:
     def save_interrupted(self, trainer):
         """Write last.pth between two regular saves, leaving no other trace. Returns its path."""
         self.write_log()
-        trainer.recalibrated_ema()
+        trainer.recalibrated_ema()  # as in save, but nothing is tested
         return write_checkpoint(self.folder / "last.pth", checkpoint_state(trainer))
 
     def export(self, trainer):
@@ -203,7 +203,7 @@ class RunDir:
             x0 = sample(model, indices, trainer.config.seed, label, **options)  # (N, *event)
         except FloatingPointError:  # of points, early in a run; the weights are finite
             return f"step {trainer.step:,}: samples are not finite yet, no image written"
-        reference = None if model.is_image else trainer.dataset.test
+        reference = None if model.is_image else trainer.dataset.test  # points say little alone
         image = grid_or_scatter(to_pixels(x0).cpu(), reference)
         path = atomic_write(self.folder / "samples" / f"step_{trainer.step:08d}.png", image.save)
         return f"step {trainer.step:,}: wrote {path}, {curve_path}"
@@ -216,11 +216,3 @@ def read_log(folder):
         return []
     with open(path, newline="", errors="replace") as f:  # a crash writes anything
         return [row for row in csv.DictReader(f) if None not in row.values()]
-
-
-def write_rows(path, rows):
-    """Write log.csv anew."""
-    with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)

@@ -17,7 +17,7 @@ FILE_FORMATS = {".png": "grid", ".npz": "npz", ".gif": "gif"}  # suffix of a fil
 GRID_IMAGES = 100  # in a grid
 SCATTER_POINTS = 5000  # in a scatter
 ANIMATED_IMAGES = 25  # in an animation
-ANIMATED_POINTS = 1000
+ANIMATED_POINTS = 1000  # the same of points
 MAX_FRAMES = 50  # of an animation
 
 
@@ -72,10 +72,10 @@ class SampleWriter(contextlib.ExitStack):
         self.event = event
         self.total = total
         self.options = options
-        self.is_image = len(event) == 3
+        self.is_image = len(event) == 3  # (C, H, W), else (D,)
         self.count = 0  # samples written so far
         self.shown = []  # the first samples, for the grid
-        self.references = [] if reference is None else [reference]
+        self.references = [] if reference is None else [reference]  # to show right of them
         self.arrays = {}  # name -> parts, for the .npz
 
     @property
@@ -147,7 +147,7 @@ class SampleWriter(contextlib.ExitStack):
         if "grid" in self.formats or ("png" in self.formats and not self.is_image):
             reference = np.concatenate(self.references) if self.references else None
             image = grid_or_scatter(np.concatenate(self.shown), reference, **self.options)
-            image.save(self.folder / "grid.png")
+            image.save(self.folder / "grid.png")  # of points a scatter
         if "npz" in self.formats:
             self.array.close()  # the archive takes one array at a time
             for name, parts in self.arrays.items():

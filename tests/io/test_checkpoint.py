@@ -270,7 +270,7 @@ def test_a_network_that_is_not_registered_is_named(trainer, state, tmp_path, mon
     write_checkpoint(path, state | {"config": state["config"] | {"network": "mine"}})
     assert load_model(path)[1].network == "mine"
     monkeypatch.delitem(NETWORKS, "mine")
-    with pytest.raises(OSError, match=r"network=mine.*import"):
+    with pytest.raises(OSError, match=r"network=mine.*plugin=FILE.*import"):
         load_model(path)
 
 

@@ -302,3 +302,16 @@ def test_write_samples_writes_images_and_leaves_no_trace(tmp_path, dataset):
     first = image.read_bytes()
     run_dir.write_samples(trainer)  # the same noise, the same image
     assert image.read_bytes() == first
+
+
+def test_samples_that_are_not_finite_do_not_end_the_run(tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise FloatingPointError("samples are not finite")
+
+    trainer = make_trainer("moons")
+    run_dir = RunDir(tmp_path)
+    run_dir.log_step(trainer.train_step(0.0))
+    monkeypatch.setattr("ddp.io.run_dir.sample", fail)
+    line = run_dir.write_samples(trainer)
+    assert line == "step 1: samples are not finite yet, no image written"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.csv", "loss.png"]
