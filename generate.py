@@ -8,12 +8,12 @@ import torch
 from tqdm import tqdm
 
 from ddp.data import load_dataset, to_pixels
-from ddp.editing import EDITS, FRAMES, dropout_layers, edited_samples, sample_mc_dropout
+from ddp.editing import EDITS, dropout_layers, edited_samples, sample_mc_dropout
 from ddp.io import cli
 from ddp.io.checkpoint import load_model
 from ddp.io.cli import add_flag
 from ddp.io.device import sampling_dtype, select_device, set_tf32
-from ddp.io.edit_inputs import DEFAULT_COUNT, check_edit, read_edit_inputs
+from ddp.io.edit_inputs import DEFAULT_COUNT, check_edit, grid_options, read_edit_inputs
 from ddp.io.writer import FORMATS, SampleWriter, parse_output
 from ddp.options import SamplerOptions
 from ddp.sampling import cycle_labels, sample, sample_trajectory
@@ -62,14 +62,12 @@ def main(args):
         print(*summary, sep="\n", end="\n" * bool(summary))
     if args.mc_dropout:
         dropout_layers(model)  # raises when there are none
-    reference = None
-    if not (model.is_image or edit["path"] or args.mc_dropout):
-        reference = load_dataset(**config.data_options()).test  # points are shown beside the data
+    alone = model.is_image or edit["path"] or args.mc_dropout  # points are shown beside the data
+    reference = None if alone else load_dataset(**config.data_options()).test
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that it tidies up, too
-    shown = titles(args, edit["name"])
-    with SampleWriter(
-        out, formats, model.event, args.num_samples or total, reference, **shown
-    ) as writer:
+    shown = grid_options(edit["name"], args.mc_dropout)
+    total = args.num_samples or total
+    with SampleWriter(out, formats, model.event, total, reference, **shown) as writer:
         write(args, model, options, labels, inputs, writer)
     print("wrote", *(f"  {path}" for path in writer.written[:5]), sep="\n")
     if len(writer.written) > 5:
@@ -79,11 +77,15 @@ def main(args):
 
 def write(args, model, options, labels, inputs, writer):
     """Draw the samples, batch by batch, and hand them to the writer."""
+
+    def labels_of(indices):
+        return inputs.labels(indices, labels) if inputs else cycle_labels(model, indices, labels)
+
     started = time.monotonic()
     squared_errors = []
     with tqdm(total=writer.total, unit="sample", disable=None) as bar:
         for indices in torch.arange(writer.total).split(args.batch_size):
-            label = labels_of(model, indices, labels, inputs)  # (B,) or None
+            label = labels_of(indices)  # (B,) or None
             given = std = latents = None
             if args.mc_dropout:
                 passes = args.mc_dropout
@@ -96,13 +98,12 @@ def write(args, model, options, labels, inputs, writer):
             if latents is not None:
                 squared_errors.append(((x0 - given) ** 2).flatten(1).mean(dim=1).cpu())
             reference = None if given is None else to_pixels(given).cpu()
-            pixels = to_pixels(x0).cpu()
-            writer.add(pixels, reference, labels=label, std=std, latents=latents)
+            writer.add(to_pixels(x0).cpu(), reference, labels=label, std=std, latents=latents)
             bar.update(len(indices))
     seconds = time.monotonic() - started
     if "gif" in writer.formats:
         indices = torch.arange(writer.num_animated)
-        label = labels_of(model, indices, labels, inputs)
+        label = labels_of(indices)
         changes = EDITS[inputs.name].function(inputs, indices, label) if inputs else {}
         states = sample_trajectory(model, indices, args.seed, label, **{**options, **changes})
         writer.animate(to_pixels(x_t).cpu() for _, x_t, _ in states)
@@ -113,24 +114,6 @@ def write(args, model, options, labels, inputs, writer):
     if squared_errors:
         rmse = torch.cat(squared_errors).sqrt()
         print(f"root mean square error {rmse.mean():.4f}, at most {rmse.max():.4f}, in units of x0")
-
-
-def labels_of(model, indices, labels, inputs):
-    """Return the labels of samples `indices`; None for the user's items, whose class they know."""
-    if inputs and inputs.from_user and labels is None:
-        return None
-    if inputs and inputs.name == "interpolate":
-        indices = indices // FRAMES  # a row has one label
-    return cycle_labels(model, indices, labels)
-
-
-def titles(args, name):
-    """Return how the grid is shown: its titles, or its number of columns."""
-    if args.mc_dropout:
-        return {"titles": (f"mean of {args.mc_dropout}", "std: white is 0.5 or more")}
-    if name == "interpolate":
-        return {"columns": FRAMES}
-    return {"titles": (EDITS[name].title, "given")} if name and EDITS[name].title else {}
 
 
 if __name__ == "__main__":

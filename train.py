@@ -8,15 +8,9 @@ from tqdm import tqdm
 
 from ddp.config import Config
 from ddp.data import load_dataset
+from ddp.io import cli
 from ddp.io.checkpoint import restore
-from ddp.io.cli import (
-    GracefulStop,
-    add_config_flags,
-    add_flag,
-    add_plugin_flag,
-    command,
-    make_parser,
-)
+from ddp.io.cli import add_flag
 from ddp.io.device import select_device, select_precision, set_tf32
 from ddp.io.diagnostics import dry_run, profile
 from ddp.io.run_dir import RunDir, resolve_run
@@ -25,12 +19,12 @@ from ddp.training import Trainer
 
 def parse(arguments=None):
     """Return the flags that were given; those of the hyper-parameters are made from Config."""
-    parser = make_parser(__doc__, argument_default=argparse.SUPPRESS)
+    parser = cli.make_parser(__doc__, argument_default=argparse.SUPPRESS)
     add_flag(parser, "resume", metavar="PATH", help="a checkpoint or run to go on with, or auto")
     add_flag(parser, "dry_run", action="store_true", help="one step, then diagnostics")
     add_flag(parser, "profile", action="store_true", help="show where the time of a step goes")
-    add_config_flags(parser, Config)
-    add_plugin_flag(parser)
+    cli.add_config_flags(parser, Config)
+    cli.add_plugin_flag(parser)
     return parser.parse_args(arguments)
 
 
@@ -75,7 +69,7 @@ def train_loop(trainer, run_dir, num_steps):
         mininterval=0.5 if sys.stderr.isatty() else 10,
     )
     finished = False
-    with bar, GracefulStop(lambda line: tqdm.write(line, file=sys.stderr)) as stop:
+    with bar, cli.GracefulStop(lambda line: tqdm.write(line, file=sys.stderr)) as stop:
         for stats in trainer.run():
             finished = stats.progress >= 1
             run_dir.log_step(stats)
@@ -118,4 +112,4 @@ def progress_text(trainer, run_dir, num_steps):
 
 
 if __name__ == "__main__":
-    sys.exit(command(main, parse))
+    sys.exit(cli.command(main, parse))

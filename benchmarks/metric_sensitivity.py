@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from ddp.data import load_dataset
 from ddp.io.cli import add_flag, command, require_at_least
-from ddp.metrics.candidate import EvaluateOptions, Reference
+from ddp.metrics.candidate import Candidate, EvaluateOptions, Reference
+from ddp.metrics.distances import CLASS_MEASURES
 from ddp.metrics.evaluate import MIN_ITEMS, to_json
-from ddp.metrics.sample_metrics import distances, real_features, with_baseline
+from ddp.metrics.sample_metrics import feature_metrics
 
 SPACES = ("classifier", "pixels")  # of FEATURES
 SEED = 0  # of the noise
@@ -25,9 +26,9 @@ SEED = 0  # of the noise
 
 def measure(space, items, reference, options):
     """Return the distances of items, as if they were samples, in a feature space: a dict."""
-    real = real_features(space, reference, options)
-    estimates = distances(space, real.extractor.features(items), real.items)
-    return with_baseline(estimates, real.baseline, reference.baseline_matches)
+    candidate = Candidate("noisy real items", {}, samples=items)
+    results = feature_metrics(space, candidate, reference, options)
+    return {name: results[name] for name in results if name not in {"counts", *CLASS_MEASURES}}
 
 
 def parse(arguments=None):

@@ -15,7 +15,7 @@ from torch import nn
 
 from ddp.forward import q_sample
 from ddp.rng import normal, uniform
-from ddp.sampling import ddim, make_denoiser, sample
+from ddp.sampling import cycle_labels, ddim, make_denoiser, sample
 
 FRAMES = 8  # of an interpolation, from one end to the other
 
@@ -36,10 +36,6 @@ class EditInputs:
     jump_n_sample: int = 5
 
     @property
-    def from_user(self):
-        return self.items is not None or self.latents is not None
-
-    @property
     def grid(self):
         """The schedule's sampling grid, (steps + 1,) log_snr."""
         return self.model.schedule.sampling_grid(self.options["steps"], self.options["spacing"])
@@ -47,6 +43,15 @@ class EditInputs:
     def take(self, tensor, indices):
         """Return the entries of a tensor (M, ...) for samples `indices` (B,), on the device."""
         return tensor[indices.cpu() % len(tensor)].to(self.model.device)
+
+    def labels(self, indices, chosen):
+        """Return the labels of samples `indices`; None for the user's items, if none is chosen.
+
+        Only the user knows the class of theirs."""
+        if chosen is None and (self.items is not None or self.latents is not None):
+            return None
+        row = indices // FRAMES if self.name == "interpolate" else indices
+        return cycle_labels(self.model, row, chosen)
 
     def given(self, indices):
         """Return what the user gave for samples `indices`, the part to fill in left gray."""

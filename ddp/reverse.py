@@ -238,10 +238,8 @@ class UNet(ReverseNetwork):
         side = -(-min(event[1:]) // self.stride) * self.stride // patch_size
         resolutions = [side // 2**i for i in range(len(channel_mult))]
         if set(attention_resolutions) - set(resolutions):
-            raise ValueError(
-                f"attention_resolutions={list(attention_resolutions)}: the feature maps here have "
-                f"{', '.join(map(str, resolutions))} pixels on their shorter side"
-            )
+            wanted = f"some of {resolutions}, the shorter sides of the feature maps"
+            raise ValueError(f"attention_resolutions={attention_resolutions}: expected {wanted}")
 
         def stage(c_in, c_out, resolution):
             modules = [Block(layers, c_in, c_out, 4 * channels_base)]

@@ -34,37 +34,27 @@ def load_dataset(
     """The Dataset of that name or path.
 
     Raises ValueError for a name that is neither, OSError for data that is missing or damaged."""
+    options = {"image_size": image_size, "channels": channels, "test_fraction": test_fraction}
     if name in DATASETS:
-        options = {"image_size": image_size, "channels": channels, "test_fraction": test_fraction}
         for option, value in options.items():
             if value is not None:
                 raise ValueError(
-                    f"{option}={value} is only for a folder or .zip of images, not for "
-                    f"dataset={name}; leave it out"
+                    f"{option}={value} is for folders, not dataset={name}; leave it out"
                 )
         return DATASETS[name](data_dir=data_dir, seed=seed, progress=progress)
-    path = find_folder(name, data_dir)
-    if path is None:
-        raise ValueError(
-            f"dataset={name} is neither a known dataset ({', '.join(DATASETS)}) nor a folder or "
-            ".zip of images; if it has moved, set data_dir to where it is"
-        )
-    return load_folder(path, image_size, channels, test_fraction)
-
-
-def find_folder(name, data_dir):
-    """The path `name` or, when it has moved, its place in or at data_dir; None when absent."""
     paths = [Path(name)]
-    if paths[0].is_absolute():  # as a checkpoint remembers it
+    if paths[0].is_absolute():  # as a checkpoint remembers it; it may have moved to data_dir
         paths += [Path(data_dir, paths[0].name), Path(data_dir)]
     for path in paths:
         if path.exists():
-            return path
-    return None
+            return load_folder(path, **options)
+    raise ValueError(
+        f"dataset={name} is neither a known dataset ({', '.join(DATASETS)}) nor a folder or "
+        ".zip of images; if it has moved, set data_dir to where it is"
+    )
 
 
 def resolve_name(name):
     """A name of DATASETS as it is, the path of a folder or .zip made absolute."""
-    if not name or name in DATASETS or not Path(name).exists():
-        return name
-    return str(Path(name).resolve())
+    is_path = name and name not in DATASETS and Path(name).exists()
+    return str(Path(name).resolve()) if is_path else name

@@ -1,8 +1,4 @@
-"""One dataset: items, labels, a fixed split, and batches as a function of (seed, step).
-
-Images are stored as uint8 (N, C, H, W) and become float32 in [-1, 1] in a batch. Points are
-float32 (N, 2), standardized, everywhere.
-"""
+"""One dataset: items, labels, a fixed split, and batches as a function of (seed, step)."""
 
 import dataclasses
 import functools
@@ -17,7 +13,7 @@ class Dataset:
     """Training and test items, with their labels if there are any."""
 
     name: str
-    train: torch.Tensor  # (N, *event), uint8 images or float32 points
+    train: torch.Tensor  # (N, C, H, W) uint8 images, or (N, 2) float32 standardized points
     test: torch.Tensor  # (M, *event)
     train_labels: torch.Tensor | None = None  # (N,) int64
     test_labels: torch.Tensor | None = None  # (M,) int64
@@ -52,27 +48,19 @@ class Dataset:
         """A copy whose training items lie on the device; all else stays where it is."""
         return dataclasses.replace(self, train=self.train.to(device))
 
-    def batch(
-        self,
-        seed,  # of the order of the items
-        step,  # the batch's number, from 0
-        size,  # B
-    ):
-        """Return training batch `step`: x0 (B, *event) float32, label (B,) or None.
+    def batch(self, seed, step, size):
+        """Return training batch `step`: x0 (size, *event) float32, label (size,) or None.
 
-        The items are an endless stream, epoch after epoch, each in an order of its own. It is cut
-        into batches wherever an epoch ends, so no batch is short and BatchNorm never sees one item.
-        """
-        position = torch.arange(step * size, (step + 1) * size)  # (B,) in the stream
-        epoch = position // len(self.train)
-        offset = position % len(self.train)  # within the epoch
-        items = torch.empty_like(offset)  # (B,) numbers of training items
-        for e in epoch.unique().tolist():
-            mask = epoch == e
-            items[mask] = permutation(seed, e, len(self.train))[offset[mask]]
+        Epochs, each in an order of its own, make one endless stream, cut into batches wherever an
+        epoch ends: no batch is short, and BatchNorm never sees one item."""
+        count = len(self.train)
+        epoch, offset = divmod(step * size, count)
+        items = permutation(seed, epoch, count)[offset : offset + size]  # numbers of items
+        while len(items) < size:  # the next epoch has begun
+            epoch += 1
+            items = torch.cat([items, permutation(seed, epoch, count)[: size - len(items)]])
         label = None if self.train_labels is None else self.train_labels[items]
-        on_device = items.to(self.train.device, non_blocking=True)
-        return to_float(self.train[on_device]), label
+        return to_float(self.train[items.to(self.train.device, non_blocking=True)]), label
 
     def test_batch(self, indices):
         """Return test items `indices` (B,): x0 (B, *event) float32, label (B,) or None."""
@@ -89,23 +77,16 @@ def permutation(seed, epoch, count):
 
 def to_float(items):
     """Pixels 0 to 255 (uint8) as float32 in [-1, 1]; points stay as they are."""
-    if items.dtype != torch.uint8:
-        return items
-    return items.float() / 127.5 - 1
+    return items.float() / 127.5 - 1 if items.dtype == torch.uint8 else items
 
 
 def to_pixels(x0):
     """Images (B, C, H, W) in [-1, 1] as the nearest uint8 pixels; points stay as they are."""
-    if x0.ndim != 4:
-        return x0
-    return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().byte() if x0.ndim == 4 else x0
 
 
-def digest(
-    tensors,  # any number, on any device
-    header="",  # text that counts, too: their shapes, say, which their bytes do not tell
-):
-    """The first 16 hex digits of the SHA-256 of the header and of the tensors' bytes."""
+def digest(tensors, header=""):
+    """The first 16 hex digits of the SHA-256 of the header, a str, and of the tensors' bytes."""
     sha = hashlib.sha256(header.encode())
     for tensor in tensors:
         sha.update(tensor.cpu().contiguous().numpy())

@@ -1,7 +1,6 @@
 """Points in the plane from six distributions, three of them with a density in closed form."""
 
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -17,8 +16,7 @@ EIGHT_SD = 0.2
 RING_RADII = np.array([1.0, 2.0, 3.0])
 RING_SD = 0.08  # of the radius
 
-# Samplers: (count, random: a RandomState) -> (count, 2) float64.
-# Densities: x (B, 2) float64 -> log-density (B,) in nats.
+# samplers: (count, RandomState) -> (count, 2) float64; log-densities: (B, 2) float64 -> (B,) nats
 
 
 def swiss_roll(count, random):
@@ -31,13 +29,11 @@ def swiss_roll(count, random):
 def moons(count, random):
     from sklearn.datasets import make_moons
 
-    points, _ = make_moons(count, noise=0.05, random_state=random)
-    return points
+    return make_moons(count, noise=0.05, random_state=random)[0]
 
 
 def eight_gaussians(count, random):
-    centers = EIGHT_CENTERS[random.randint(8, size=count)]
-    return centers + EIGHT_SD * random.randn(count, 2)
+    return EIGHT_CENTERS[random.randint(8, size=count)] + EIGHT_SD * random.randn(count, 2)
 
 
 def eight_gaussians_log_density(x):
@@ -56,9 +52,8 @@ def checkerboard(count, random):
 
 def checkerboard_log_density(x):
     cell = (x + 2).floor()  # (B, 2) column and row, 0 to 3 on the board
-    on_board = ((cell >= 0) & (cell < 4)).all(dim=1)
-    dark = cell.sum(dim=1) % 2 == 0
-    return torch.where(on_board & dark, x.new_tensor(-math.log(8)), -math.inf)  # 8 cells of area 1
+    dark = ((cell >= 0) & (cell < 4)).all(dim=1) & (cell.sum(dim=1) % 2 == 0)
+    return torch.where(dark, x.new_tensor(-math.log(8)), -math.inf)  # 8 cells of area 1
 
 
 def rings(count, random):
@@ -82,47 +77,33 @@ def two_spirals(count, random):
     return arm[:, None] * spiral + 0.3 * random.randn(count, 2)
 
 
-@dataclass(frozen=True)
-class Toy:
-    """One distribution in the plane."""
-
-    sample: object  # (count, random) -> (count, 2)
-    log_density: object = None  # x (B, 2) -> (B,), where it is known
-
-
-TOYS = {
-    "swiss_roll": Toy(swiss_roll),
-    "moons": Toy(moons),
-    "eight_gaussians": Toy(eight_gaussians, eight_gaussians_log_density),
-    "checkerboard": Toy(checkerboard, checkerboard_log_density),
-    "two_spirals": Toy(two_spirals),
-    "rings": Toy(rings, rings_log_density),
+TOYS = {  # name -> sampler, log-density where it is known
+    "swiss_roll": (swiss_roll, None),
+    "moons": (moons, None),
+    "eight_gaussians": (eight_gaussians, eight_gaussians_log_density),
+    "checkerboard": (checkerboard, checkerboard_log_density),
+    "two_spirals": (two_spirals, None),
+    "rings": (rings, rings_log_density),
 }
 
 
-def load_toy(
-    name,  # a key of TOYS
-    seed=0,  # of the training points
-    **_,  # data_dir and progress, which are for other datasets
-):
+def load_toy(name, seed=0, **_):
     """Points standardized by the moments of one fixed sample, the same for every seed.
 
     The test points, too, are the same for every seed: figures of different runs compare."""
-    toy = TOYS[name]
-    fixed = toy.sample(TRAIN_POINTS, np.random.RandomState(1))
+    sample, log_density = TOYS[name]
+    fixed = sample(TRAIN_POINTS, np.random.RandomState(1))
     mean = fixed.mean(axis=0)  # (2,) float64
     sd = fixed.std(axis=0)
-    train = (toy.sample(TRAIN_POINTS, np.random.RandomState([seed, 2])) - mean) / sd
-    test = (toy.sample(TEST_POINTS, np.random.RandomState(3)) - mean) / sd
-    dataset = Dataset(
-        name, torch.from_numpy(train.astype(np.float32)), torch.from_numpy(test.astype(np.float32))
-    )
-    if toy.log_density:
-        dataset.log_density = partial(standardized_log_density, toy, mean, sd)
+    train = (sample(TRAIN_POINTS, np.random.RandomState([seed, 2])) - mean) / sd
+    test = (sample(TEST_POINTS, np.random.RandomState(3)) - mean) / sd
+    dataset = Dataset(name, torch.from_numpy(train).float(), torch.from_numpy(test).float())
+    if log_density:
+        dataset.log_density = partial(standardized_log_density, log_density, mean, sd)
     return dataset
 
 
-def standardized_log_density(toy, mean, sd, x):
+def standardized_log_density(log_density, mean, sd, x):
     """Log-density of standardized points x (B, 2) in nats, (B,) float64."""
     original = x.double() * torch.as_tensor(sd) + torch.as_tensor(mean)
-    return toy.log_density(original) + math.log(sd.prod())  # change of variables: + log |det|
+    return log_density(original) + math.log(sd.prod())  # change of variables: + log |det|

@@ -68,3 +68,12 @@ def read_edit_inputs(model, options, steps, seed, name, path, mask=None, **given
     if name == "interpolate" and count < 2:
         raise ValueError(f"interpolate={path}: one item has no other to go to; give two or more")
     return inputs, FRAMES * (count - 1) if name == "interpolate" else count, summary
+
+
+def grid_options(name, mc_dropout=None):
+    """Return how SampleWriter shows the samples of an edit: titles, or the number of columns."""
+    if mc_dropout:
+        return {"titles": (f"mean of {mc_dropout}", "std: white is 0.5 or more")}
+    if name == "interpolate":
+        return {"columns": FRAMES}
+    return {"titles": (EDITS[name].title, "given")} if name and EDITS[name].title else {}

@@ -16,58 +16,39 @@ from ddp.model import DiffusionModel
 from ddp.options import SamplerOptions, check_fields, flag
 from ddp.sampling import sample
 
-MAX_INT = 2**32 - 1
+COUNT = {"at_least": 1, "at_most": 2**32 - 1}  # bounds of options
+ITEMS = COUNT | {"at_least": 2}  # an error needs two
 
 
 @dataclasses.dataclass
 class EvaluateOptions:
     """How to measure. What is None is chosen for the data by `resolve`."""
 
-    num_samples: int = flag(
-        2000, "samples to measure, at most as many as real items", at_least=2, at_most=MAX_INT
-    )
-    reference: str = flag(
-        "test", "split of the real items to compare with", choices=("test", "train")
-    )
-    vlb_items: int = flag(2000, "test items for the loss and the VLB", at_least=2, at_most=MAX_INT)
-    vlb_samples: int = flag(
-        None, "noise levels for each (default: 16; points: 64)", int, at_least=1, at_most=MAX_INT
-    )
-    nll_items: int = flag(
-        None,
-        "test items for the ODE NLL (default: 128; points: 2000)",
-        int,
-        at_least=2,
-        at_most=MAX_INT,
-    )
-    dequant_samples: int = flag(
-        4, "dequantizations of each image for the ODE NLL", at_least=1, at_most=MAX_INT
-    )
-    seed: int = flag(0, "seed of noise and samples", at_least=0, at_most=MAX_INT)
-    batch_size: int = flag(250, "items at a time", at_least=1, at_most=MAX_INT)
-    inception_weights: str = flag(
-        None, "weights of the Inception network (default: downloaded)", str
-    )
+    num_samples: int = flag(2000, "samples to measure, at most as many as real items", **ITEMS)
+    reference: str = flag("test", "split of the real items to compare with", str, ("test", "train"))
+    vlb_items: int = flag(2000, "test items for the loss and the VLB", **ITEMS)
+    vlb_samples: int = flag(None, "noise levels for each (default: 16; points: 64)", int, **COUNT)
+    nll_items: int = flag(None, "test items for ODE NLL (default: 128; points: 2000)", int, **ITEMS)
+    dequant_samples: int = flag(4, "dequantizations of each image for the ODE NLL", **COUNT)
+    seed: int = flag(0, "seed of noise and samples", **COUNT | {"at_least": 0})
+    batch_size: int = flag(250, "items at a time", **COUNT)
+    inception_weights: str = flag(None, "weights of Inception (default: downloaded)", str)
 
     def __post_init__(self):
         check_fields(self)
 
     def resolve(self, dataset, candidates):
         """These options with each number chosen for the data, and at most what there is of it."""
-        is_image = dataset.is_image
-        num_items = len(dataset.test)
-        vlb_samples = self.vlb_samples or (16 if is_image else 64)
-        nll_items = self.nll_items or (128 if is_image else 2000)
-        num_samples = min(self.num_samples, len(getattr(dataset, self.reference)))
-        for candidate in candidates:
-            if candidate.samples is not None:
-                num_samples = min(num_samples, len(candidate.samples))
+        vlb_samples = self.vlb_samples or (16 if dataset.is_image else 64)
+        nll_items = self.nll_items or (128 if dataset.is_image else 2000)
+        counts = [len(c.samples) for c in candidates if c.samples is not None]
+        counts.append(len(getattr(dataset, self.reference)))  # of the real items
         return dataclasses.replace(
             self,
-            num_samples=num_samples,
-            vlb_items=min(self.vlb_items, num_items),
+            num_samples=min(self.num_samples, *counts),
+            vlb_items=min(self.vlb_items, len(dataset.test)),
             vlb_samples=vlb_samples + vlb_samples % 2,  # two halves give the Monte Carlo error
-            nll_items=min(nll_items, num_items),
+            nll_items=min(nll_items, len(dataset.test)),
         )
 
 
@@ -97,61 +78,39 @@ class Candidate:
 
 
 class Reference:
-    """The real items that samples are compared with, the same for every candidate."""
+    """The real items that samples are compared with, the same for every candidate.
 
-    def __init__(
-        self,
-        dataset,
-        options,  # an EvaluateOptions
-        device="cpu",  # for networks that measure
-        progress=None,  # (iterable, desc=) -> the same items, such as tqdm
-    ):
-        items, labels, other_items = dataset.test, dataset.test_labels, dataset.train
+    progress: (iterable, desc=) -> the same items, such as tqdm."""
+
+    def __init__(self, dataset, options, device="cpu", progress=None):
+        items, labels, others = dataset.test, dataset.test_labels, dataset.train
         if options.reference == "train":
-            items, labels, other_items = dataset.train, dataset.train_labels, dataset.test
-        self.dataset = dataset
+            items, labels, others = dataset.train, dataset.train_labels, dataset.test
+        self.dataset = dataset  # its test items are those of likelihoods
         self.items, self.labels = fixed_subset(items, labels, options.num_samples)  # (N, *event)
-        self.baseline, _ = fixed_subset(other_items, None, len(self.items))  # as if it were samples
-        self.device = device
-        self.progress = progress or no_progress
-        self.spaces = {}  # feature space -> what is known of these items in it
-
-    @property
-    def baseline_matches(self):
-        """Whether there are as many baseline items: a distance falls with their number."""
-        return len(self.baseline) == len(self.items)
-
-
-def no_progress(iterable, desc=None):
-    return iterable
+        self.baseline, _ = fixed_subset(others, None, len(self.items))  # as if it were samples
+        self.baseline_matches = len(self.baseline) == len(self.items)  # distances fall with number
+        self.device = device  # for networks that measure
+        self.progress = progress or (lambda iterable, desc=None: iterable)
+        self.spaces = {}  # feature space -> RealFeatures
 
 
 def fixed_subset(items, labels, count):
-    """`count` of the items and their labels, in a random order that is always the same.
-
-    The first ones would not do: a folder is sorted by class."""
-    indices = permutation(0, 0, len(items))[:count]
-    if labels is not None:
-        labels = labels[indices]
-    return items[indices], labels
+    """`count` of the items and their labels, always the same, at random: a folder is sorted."""
+    indices = permutation(0, 0, len(items))[:count]  # (count,)
+    return items[indices], None if labels is None else labels[indices]
 
 
-def checkpoint_candidate(
-    path,
-    name=None,  # default: the file's
-    sampling=None,  # a SamplerOptions; default: the sampler's defaults
-    weights="ema",  # or raw
-    device="cpu",
-):
-    """The Candidate of a checkpoint. Raises OSError or ValueError when it cannot be used so."""
-    device = torch.device(device)
+def checkpoint_candidate(path, name=None, sampling=None, weights="ema", device="cpu"):
+    """The Candidate of a checkpoint, named as its file. sampling: a SamplerOptions."""
     sampling = sampling or SamplerOptions()
+    device = torch.device(device)
     model, config, state = load_model(path, weights, device)
-    dtype = sampling_dtype(sampling.precision, config.precision, device)
+    dtype = sampling_dtype(sampling.precision, config.precision, device)  # of samples only
     guide = None
     if sampling.guide_checkpoint:
         guide = load_model(sampling.guide_checkpoint, "ema", device)[0].for_inference(dtype)
-    options = sampling.resolve(model, guide)
+    options = sampling.resolve(model, guide)  # keyword arguments of sample
     about = {
         "checkpoint": str(Path(path).resolve()),
         "sha256": file_digest(path),
@@ -163,28 +122,8 @@ def checkpoint_candidate(
         "provenance": state["provenance"],
     }
     del about["guide"]  # a model
-    return Candidate(
-        name or Path(path).stem,
-        about,
-        model=model.for_inference(),
-        sampling_model=model.for_inference(dtype),
-        sampler_options=options,
-        config=config,
-        classes=state["classes"],
-    )
-
-
-def samples_candidate(
-    path,  # .npz, .npy, a folder or a .zip of images
-    event,  # shape of one item
-    name=None,  # default: the file's
-):
-    """The Candidate of samples in files. Raises OSError or ValueError when they cannot be used."""
-    items, summary = load_samples(path, event)
-    about = {"samples": str(Path(path).resolve()), "count": len(items), "summary": summary}
-    if Path(path).is_file():
-        about["sha256"] = file_digest(path)
-    return Candidate(name or Path(path).stem, about, samples=items)
+    models = (model.for_inference(), model.for_inference(dtype))  # for likelihoods, for samples
+    return Candidate(name or Path(path).stem, about, *models, options, config, state["classes"])
 
 
 def distinct_names(paths):
@@ -197,18 +136,13 @@ def distinct_names(paths):
     return paths
 
 
-def load_candidates(
-    paths,
-    checkpoints,  # those of the paths that are checkpoints; all others are samples
-    dataset_options,  # of load_dataset; without a name the first checkpoint says them
-    sampling,  # a SamplerOptions
-    weights="ema",
-    device="cpu",
-    progress=None,  # of a download, such as tqdm
-):
-    """(candidates, dataset): what lies at the paths, and the data to compare it with."""
-    names = dict(zip(paths, distinct_names(paths), strict=True))
-    candidates = {}
+def load_candidates(paths, checkpoints, dataset_options, sampling, weights, device, progress):
+    """(candidates, dataset): what lies at the paths, and the data to compare it with.
+
+    checkpoints: those of the paths that are one; all others are samples. dataset_options: of
+    load_dataset, over those of the first checkpoint. sampling: a SamplerOptions."""
+    names = dict(zip(paths, distinct_names(paths), strict=True))  # path -> name
+    candidates = {}  # path -> Candidate; checkpoints first, since one may name the dataset
     for path in checkpoints:
         candidates[path] = checkpoint_candidate(path, names[path], sampling, weights, device)
     if checkpoints:
@@ -217,8 +151,12 @@ def load_candidates(
     for path in paths:
         if path in candidates:
             candidates[path].require_fit(dataset)
-        else:
-            candidates[path] = samples_candidate(path, dataset.event, names[path])
+            continue
+        items, summary = load_samples(path, dataset.event)  # .npz, .npy, a folder or a .zip
+        about = {"samples": str(Path(path).resolve()), "count": len(items), "summary": summary}
+        if Path(path).is_file():
+            about["sha256"] = file_digest(path)
+        candidates[path] = Candidate(names[path], about, samples=items)
     return [candidates[path] for path in paths], dataset
 
 
@@ -229,33 +167,23 @@ def file_digest(path):
 def generate_samples(candidate, reference, options):
     """Samples (N, *event) of a candidate's model: as many as real items, and with their labels."""
     model = candidate.sampling_model
-    batches = torch.arange(len(reference.items)).split(options.batch_size)
+    batches = torch.arange(len(reference.items)).split(options.batch_size)  # (B,) each
     parts = []
     for indices in reference.progress(batches, desc="samples"):
-        label = None
-        if model.num_classes:
-            label = reference.labels[indices].to(model.device)
+        label = reference.labels[indices].to(model.device) if model.num_classes else None
         x0 = sample(model, indices, options.seed, label, **candidate.sampler_options)
-        parts.append(to_pixels(x0).cpu())
+        parts.append(to_pixels(x0).cpu())  # uint8, or points as they are
     return torch.cat(parts)
 
 
-def iterate_test_set(
-    model,
-    reference,
-    options,
-    name,  # for the progress bar
-    num_items,
-    copies=1,  # in which the model sees each item at the same time
-):
+def iterate_test_set(model, reference, options, name, num_items, copies=1):
     """Yield x0 (B, *event), indices (B,) and label (B,) or None of test items, in batches."""
     dataset = reference.dataset
     items, labels = fixed_subset(dataset.test, dataset.test_labels, num_items)
-    batches = torch.arange(len(items)).split(max(1, options.batch_size // copies))
+    size = max(1, options.batch_size // copies)  # the model sees copies of each item at a time
+    batches = torch.arange(len(items)).split(size)
     for indices in reference.progress(batches, desc=name):
-        label = None
-        if model.num_classes:
-            label = labels[indices].to(model.device)
+        label = labels[indices].to(model.device) if model.num_classes else None
         yield to_float(items[indices]).to(model.device), indices, label
 
 
@@ -266,7 +194,5 @@ def nats_per_unit(dataset):
 
 def log_density(dataset, num_items):
     """The true log-density (N,) in nats of the test items measured; None where it is unknown."""
-    if dataset.log_density is None:
-        return None
     items, _ = fixed_subset(dataset.test, None, num_items)
-    return dataset.log_density(items)
+    return dataset.log_density and dataset.log_density(items)

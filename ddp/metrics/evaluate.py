@@ -2,14 +2,13 @@
 
 Every candidate meets the same real items and the same noise, so that the difference of two has a
 paired error. From a metric's name to its formula: METRICS["inception"] is feature_metrics, which
-passes each of the DISTANCES, such as frechet_distance, to bootstrap.
+passes each of the DISTANCES, DISTANCES["fd"] being frechet_distance, to bootstrap.
 """
 
-import dataclasses
-import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 
 from ddp.data import permutation
 from ddp.io.checkpoint import provenance
@@ -17,13 +16,7 @@ from ddp.metrics.candidate import generate_samples, log_density
 from ddp.metrics.distances import DISTANCES, NEIGHBORS
 from ddp.metrics.features import FEATURES
 from ddp.metrics.likelihood import TOLERANCES
-from ddp.metrics.likelihood_metrics import (
-    evaluate_loss,
-    evaluate_ode_nll,
-    evaluate_vlb,
-    ode_nll_tables,
-    vlb_tables,
-)
+from ddp.metrics.likelihood_metrics import evaluate_loss, evaluate_ode_nll, evaluate_vlb, nll_tables
 from ddp.metrics.sample_metrics import (
     FEW_RESAMPLES,
     MANY_FEATURES,
@@ -33,12 +26,12 @@ from ddp.metrics.sample_metrics import (
     feature_tables,
     feature_warnings,
     memorization_tables,
-    real_features,
 )
 from ddp.metrics.uncertainty import RESAMPLES, Estimate
 
 SCHEMA = 3  # of the JSON; raise when a key changes
 MIN_ITEMS = 20  # real items, below which there is nothing to compare with in a feature space
+NOT_COMPARED = ("real_vs_real", "real", "relative_to_real")  # the same for all, or a ratio to it
 OLD_METRICS = {  # names before 0.2, still accepted
     "bound": "vlb",
     "exact": "ode_nll",
@@ -54,13 +47,9 @@ class Metric:
     """What is known of a metric. Only `function` is needed: the rest has defaults."""
 
     function: Callable  # (candidate, reference, options) -> nested dict of Estimates or numbers
-    needs_model: bool = False  # left out of samples alone
-    needs_samples: bool = True  # as candidate.samples
+    needs_model: bool = False  # and no samples, which all others need
     kinds: tuple = ("image", "point")  # the data that it is for
     by_default: bool = True  # measured unless metrics are chosen by name
-    min_items: int = 0  # real items, below which it is left out
-    prepare: Callable | None = None  # (reference, options): done first, since it may fail
-    warnings: Callable | None = None  # (reference, options) -> lines
     title: str = ""  # of its table; default: its name
     note: str = ""
     show_interval: bool = False  # print 95% intervals instead of ± standard errors
@@ -70,14 +59,11 @@ class Metric:
 def feature_space_metric(space):
     """The Metric of a feature space: FID, KID, PRDC and the like (DISTANCES) in FEATURES[space]."""
     return Metric(
-        functools.partial(feature_metrics, space),
+        partial(feature_metrics, space),
         kinds=(FEATURES[space].kind,),
         by_default=FEATURES[space].by_default,
-        min_items=MIN_ITEMS,
-        prepare=functools.partial(real_features, space),
-        warnings=functools.partial(feature_warnings, space),
         show_interval=True,
-        tables=functools.partial(feature_tables, space),
+        tables=partial(feature_tables, space),
     )
 
 
@@ -85,18 +71,12 @@ METRICS = {
     "loss": Metric(
         evaluate_loss,
         needs_model=True,
-        needs_samples=False,
         title="test loss by noise level",
         note="in units of x0, eps and v, ± standard error",
     ),
-    "vlb": Metric(evaluate_vlb, needs_model=True, needs_samples=False, tables=vlb_tables),
-    "ode_nll": Metric(
-        evaluate_ode_nll, needs_model=True, needs_samples=False, tables=ode_nll_tables
-    ),
-    "classifier": feature_space_metric("classifier"),
-    "pixels": feature_space_metric("pixels"),
-    "inception": feature_space_metric("inception"),
-    "points": feature_space_metric("points"),
+    "vlb": Metric(evaluate_vlb, True, tables=partial(nll_tables, "VLB", "vlb_items")),
+    "ode_nll": Metric(evaluate_ode_nll, True, tables=partial(nll_tables, "ODE NLL", "nll_items")),
+    **{space: feature_space_metric(space) for space in FEATURES},
     "memorization": Metric(evaluate_memorization, show_interval=True, tables=memorization_tables),
     "pixel_stats": Metric(
         evaluate_pixel_stats, title="pixel statistics", note="by channel, ± standard error"
@@ -106,30 +86,19 @@ METRICS = {
 
 def known_metrics():
     """METRICS, and a metric for each further space that somebody added to FEATURES."""
-    metrics = dict(METRICS)
-    for space in FEATURES:
-        if space not in metrics:
-            metrics[space] = feature_space_metric(space)
-    return metrics
+    added = [space for space in FEATURES if space not in METRICS]
+    return METRICS | {space: feature_space_metric(space) for space in added}
 
 
-def parse_metrics(
-    text,  # names separated by commas; None: all that apply and need no download
-    is_image,
-    has_model,  # whether any candidate is a model
-):
-    """Names of METRICS, in their order. Raises ValueError for one that is not or does not apply."""
-    kind = "image" if is_image else "point"
+def parse_metrics(text, is_image, has_model):
+    """The names in "vlb,pixels", in the order of METRICS; of None all that apply by default."""
+    kind = "image" if is_image else "point"  # of Metric.kinds
     known = known_metrics()
     if text is None:
-        chosen = []
-        for name, metric in known.items():
-            applies = kind in metric.kinds and (has_model or not metric.needs_model)
-            if applies and metric.by_default:
-                chosen.append(name)
-        return chosen
-    names = [word.strip() for word in text.split(",")]
-    names = [OLD_METRICS.get(name, name) for name in names]
+        fit = [name for name, metric in known.items() if metric.by_default and kind in metric.kinds]
+        return [name for name in fit if has_model or not known[name].needs_model]
+    words = [word.strip() for word in text.split(",")]
+    names = [OLD_METRICS.get(word, word) for word in words]
     for name in names:
         if name not in known:
             raise ValueError(f"metrics={name}: expected some of {','.join(known)}")
@@ -137,72 +106,54 @@ def parse_metrics(
             raise ValueError(f"metrics={name} is for {known[name].kinds[0]}s, not for this data")
         if known[name].needs_model and not has_model:
             raise ValueError(f"metrics={name} needs a model, not samples alone")
-    return [name for name in known if name in names]
+    return [name for name in known if name in names]  # the VLB before what is compared with it
 
 
-def evaluate(
-    candidates,  # a list of Candidate; their `samples` and `results` are filled in
-    reference,  # a Reference
-    metrics,  # a list of names, see parse_metrics
-    options,  # an EvaluateOptions, resolved
-):
-    """Measure all metrics of all candidates: a dict for JSON, see docs/evaluation.md."""
+def evaluate(candidates, reference, metrics, options):
+    """Measure candidates, whose `samples` and `results` it fills in: a dict for JSON."""
     known = known_metrics()
     count = len(reference.items)
-    measured = [name for name in metrics if count >= known[name].min_items]
-    for name in measured:  # what may fail, before hours of work
-        if known[name].prepare:
-            known[name].prepare(reference, options)
-    needs_samples = any(known[name].needs_samples for name in measured)
+    measured = [name for name in metrics if name not in FEATURES or count >= MIN_ITEMS]
+    warnings = []
+    for name in metrics:
+        if name not in measured:
+            warnings.append(f"{name}: not measured, too few samples or real items, {count}")
+        elif name in FEATURES:  # reads the real items: what may fail, before hours of work
+            warnings += feature_warnings(name, reference, options)
     for candidate in candidates:
-        if candidate.samples is not None:  # somebody's, perhaps more than real items
-            candidate.samples = spread_subset(candidate.samples, count)
-        elif needs_samples:
+        if candidate.samples is not None:  # somebody's, perhaps more than real items, or sorted
+            chosen = permutation(0, 0, len(candidate.samples))[:count].sort().values
+            candidate.samples = candidate.samples[chosen]
+        elif not all(known[name].needs_model for name in measured):
             candidate.samples = generate_samples(candidate, reference, options)
         for name in reference.progress(measured, desc=candidate.name):
             if candidate.model is not None or not known[name].needs_model:
                 candidate.results[name] = known[name].function(candidate, reference, options)
-
-    warnings = candidate_warnings(candidates, reference.dataset)
-    for name in metrics:
-        if name not in measured:
-            warnings.append(f"{name}: not measured, too few samples or real items, {count}")
-        elif known[name].warnings:
-            warnings += known[name].warnings(reference, options)
-    evaluation = {
+    dataset = reference.dataset
+    density = log_density(dataset, options.vlb_items)  # (N,) in nats, or None
+    about = {name: getattr(dataset, name) for name in ("name", "fingerprint", "event", "classes")}
+    evaluation = {  # see docs/evaluation.md
         "schema": SCHEMA,
-        "dataset": describe_dataset(reference.dataset),
+        "dataset": about | {"train": len(dataset.train), "test": len(dataset.test)},
         "recipe": recipe(reference, metrics, options),
-        "warnings": warnings,
-        "entropy": entropy(reference.dataset, options),
+        "warnings": candidate_warnings(candidates, dataset) + warnings,
+        "entropy": None if density is None else Estimate.mean(-density),
         "subjects": [{"name": c.name, "about": c.about, **c.results} for c in candidates],
         "comparison": comparison(candidates),
     }
     return to_json(evaluation)
 
 
-def entropy(dataset, options):
-    """The entropy of the data in nats, from the test items of the VLB; None where unknown."""
-    known = log_density(dataset, options.vlb_items)
-    return None if known is None else Estimate.mean(-known)
-
-
-def spread_subset(items, count):
-    """`count` of the items, in their order, from everywhere: they may be sorted by class."""
-    return items[permutation(0, 0, len(items))[:count].sort().values]
-
-
 def candidate_warnings(candidates, dataset):
     """What to know of the candidates, lines: how files were read, and data of another training."""
     warnings = []
     for candidate in candidates:
-        if "summary" in candidate.about and "sha256" not in candidate.about:
-            warnings += candidate.about["summary"][:1]  # images of a folder may have been resized
+        if "sha256" not in candidate.about:  # images of a folder may have been resized
+            warnings += candidate.about.get("summary", [])[:1]
         trained_on = candidate.about.get("provenance", {})
-        # points of another seed have the same test items
-        same_distribution = not dataset.is_image and trained_on.get("dataset") == dataset.name
-        fingerprint = trained_on.get("fingerprint", dataset.fingerprint)
-        if fingerprint != dataset.fingerprint and not same_distribution:
+        same_points = not dataset.is_image and trained_on.get("dataset") == dataset.name  # any seed
+        fingerprint = trained_on.get("fingerprint", dataset.fingerprint)  # samples have none
+        if fingerprint != dataset.fingerprint and not same_points:
             warnings.append(
                 f"{candidate.name}: this is not the data that the model was trained on; its test "
                 "items may have been among the training items"
@@ -210,28 +161,15 @@ def candidate_warnings(candidates, dataset):
     return warnings
 
 
-def describe_dataset(dataset):
-    """The data, in plain types."""
-    return {
-        "name": dataset.name,
-        "fingerprint": dataset.fingerprint,
-        "event": dataset.event,
-        "classes": dataset.classes,
-        "train": len(dataset.train),
-        "test": len(dataset.test),
-    }
-
-
 def recipe(reference, metrics, options):
     """All that the numbers depend on besides data and candidates: two that agree in it compare."""
-    spaces = {name: space.extractor.about for name, space in reference.spaces.items()}
     return {
-        **dataclasses.asdict(options),
+        **asdict(options),
         "metrics": metrics,
         "baseline_items": len(reference.baseline),
         "unit": "bits/dim" if reference.dataset.is_image else "nats",
         "device": str(reference.device),
-        "feature_spaces": spaces,
+        "feature_spaces": {name: real.extractor.about for name, real in reference.spaces.items()},
         "ode_tolerances": TOLERANCES,
         "neighbors": NEIGHBORS,
         "resamples": RESAMPLES,
@@ -242,30 +180,27 @@ def recipe(reference, metrics, options):
 
 
 def comparison(candidates):
-    """The results of each further candidate less those of the first, with paired errors: a list.
-
-    The difference is None for what was not measured of the first."""
-    first = flatten_estimates(candidates[0].results)
+    """The results of each further candidate less those of the first, None where it has none."""
     rows = []
+    first = flatten(candidates[0].results)
     for candidate in candidates[1:]:
-        for path, estimate in flatten_estimates(candidate.results).items():
-            if path.endswith(("/real_vs_real", "/real", "/relative_to_real")):
-                continue  # the same for all, or says no more than the numbers do
-            difference = estimate - first[path] if path in first else None
+        for keys, estimate in flatten(candidate.results).items():
+            if not isinstance(estimate, Estimate) or keys[-1] in NOT_COMPARED:
+                continue
+            difference = estimate - first[keys] if keys in first else None  # with a paired error
+            path = "/".join(keys)
             rows.append({"subject": candidate.name, "path": path, "difference": difference})
     return rows
 
 
-def flatten_estimates(tree, prefix=""):
-    """Every Estimate in nested dicts: {"vlb/discrete/total": Estimate}."""
-    if isinstance(tree, Estimate):
-        return {prefix: tree}
-    estimates = {}
-    if isinstance(tree, dict):
-        for name, part in tree.items():
-            path = f"{prefix}/{name}" if prefix else str(name)
-            estimates |= flatten_estimates(part, path)
-    return estimates
+def flatten(tree, path=()):
+    """Nested dicts as one, {("vlb", "discrete", "total"): ...}; an estimate stays as it is."""
+    if not isinstance(tree, dict) or tree.keys() == {"value", "error", "interval"}:
+        return {path: tree}  # a leaf
+    flat = {}
+    for name, part in tree.items():
+        flat |= flatten(part, (*path, str(name)))
+    return flat
 
 
 def to_json(tree):
@@ -276,6 +211,4 @@ def to_json(tree):
         return {name: to_json(part) for name, part in tree.items()}
     if isinstance(tree, (list, tuple)):
         return [to_json(part) for part in tree]
-    if isinstance(tree, float) and not math.isfinite(tree):
-        return None
-    return tree
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

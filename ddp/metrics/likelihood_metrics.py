@@ -26,8 +26,7 @@ def evaluate_loss(candidate, reference, options):
         log_snr = rows[0]["log_snr"]
         result = {"log_snr": log_snr, "t": rows[0]["t"]}
         for unit in ("x0", "eps", "v"):
-            losses = torch.cat([row[unit] for row in rows])  # (N,)
-            result[unit] = Estimate.mean(losses)
+            result[unit] = Estimate.mean(torch.cat([row[unit] for row in rows]))  # of (N,)
         results[f"log-SNR {log_snr:.2f}"] = result
     return results
 
@@ -38,41 +37,30 @@ def evaluate_vlb(candidate, reference, options):
     Its terms, their `total`, `monte_carlo`, the part of the total's error that more noise levels
     would lower, and the total's `gap` to the entropy of the data, where that is known."""
     known = log_density(reference.dataset, options.vlb_items)  # (N,) or None
-    half = options.vlb_samples // 2  # noise levels of each item
     results = {}
     for time in ("discrete", "continuous"):
-        first = vlb_of_test_set(candidate.model, reference, options, time, range(half))
-        second = vlb_of_test_set(candidate.model, reference, options, time, range(half, 2 * half))
+        first = vlb_half(candidate.model, reference, options, time, 0)
+        second = vlb_half(candidate.model, reference, options, time, 1)
         terms = {name: (first[name] + second[name]) / 2 for name in first}  # each (N,)
         results[time] = {name: Estimate.mean(values) for name, values in terms.items()}
         noise = (first["total"] - second["total"]) / 2  # the halves have independent noise
         results[time]["monte_carlo"] = (noise.square().sum().sqrt() / len(noise)).item()
         if known is not None:
-            results[time]["gap"] = Estimate.mean(terms["total"] + known)
+            results[time]["gap"] = Estimate.mean(terms["total"] + known)  # 0: a perfect model
     return results
 
 
-def vlb_of_test_set(model, reference, options, time, numbers):
-    """Terms of the VLB of the test items, each (N,), from the noise levels of these numbers."""
-    dataset = reference.dataset
+def vlb_half(model, reference, options, time, number):
+    """Terms of the VLB of the test items, each (N,), from half 0 or 1 of their noise levels."""
+    half = options.vlb_samples // 2  # noise levels of each item
+    discrete = reference.dataset.is_image
     parts = {}  # term -> a list of (B,)
-    name = f"vlb, {time}"
-    for x0, indices, label in iterate_test_set(model, reference, options, name, options.vlb_items):
-        terms = vlb(
-            model,
-            x0,
-            indices,
-            options.seed,
-            len(numbers),
-            label,
-            discrete=dataset.is_image,
-            time=time,
-            first=numbers[0],
-        )
+    batches = iterate_test_set(model, reference, options, f"vlb, {time}", options.vlb_items)
+    for x0, indices, label in batches:
+        terms = vlb(model, x0, indices, options.seed, half, label, discrete, time, number * half)
         for term, nats in terms.items():
-            parts.setdefault(term, []).append(nats)
-    unit = nats_per_unit(dataset)
-    return {term: torch.cat(nats) / unit for term, nats in parts.items()}
+            parts.setdefault(term, []).append(nats / nats_per_unit(reference.dataset))  # (B,)
+    return {term: torch.cat(values) for term, values in parts.items()}
 
 
 def evaluate_ode_nll(candidate, reference, options):
@@ -84,57 +72,37 @@ def evaluate_ode_nll(candidate, reference, options):
     dataset = reference.dataset
     unit = nats_per_unit(dataset)
     known = log_density(dataset, options.nll_items)  # (N,) or None
-    bound = candidate.results.get("vlb")
+    copies = options.dequant_samples if dataset.is_image else 1  # K
+    model = candidate.model
     results = {}
-    for dequantization in ("uniform", "noise") if dataset.is_image else ("density",):
-        nats = nll_of_test_set(candidate.model, reference, options, dequantization)  # (K, N)
+    for name in ("uniform", "noise") if dataset.is_image else ("density",):
+        noise = name if dataset.is_image else None  # that makes a density of pixels
+        parts = []
+        items = (options, f"ode_nll, {name}", options.nll_items, copies)
+        for x0, indices, label in iterate_test_set(model, reference, *items):
+            parts.append(ode_nll(model, x0, indices, options.seed, copies, label, noise))
+        nats = torch.cat(parts, dim=1)  # (K, N), of parts (K, B)
         values = {"total": nats.mean(dim=0) / unit}  # each (N,)
         if dataset.is_image:
-            weighted = math.log(len(nats)) - torch.logsumexp(-nats, dim=0)
-            values["importance_weighted"] = weighted / unit
+            weighted = math.log(copies) - torch.logsumexp(-nats, dim=0)
+            values["importance_weighted"] = weighted / unit  # Burda et al. 2016, eq. 8
         elif known is not None:
             values["gap"] = values["total"] + known
-        if bound and dequantization != "uniform":  # which bounds another quantity than the VLB
-            vlb_total = bound["continuous"]["total"].per_item
+        if "vlb" in candidate.results and name != "uniform":  # which bounds another quantity
+            vlb_total = candidate.results["vlb"]["continuous"]["total"].per_item
             both = min(len(vlb_total), nats.shape[1])  # items that were measured by either
             values["below_vlb"] = vlb_total[:both] - values["total"][:both]
-        results[dequantization] = {name: Estimate.mean(each) for name, each in values.items()}
+        results[name] = {value: Estimate.mean(each) for value, each in values.items()}
     return results
 
 
-def nll_of_test_set(model, reference, options, dequantization):
-    """The ODE NLL of the test items in nats, (K, N): of K dequantizations, or K = 1 for points."""
-    name = f"ode_nll, {dequantization}"
-    copies = options.dequant_samples
-    if not reference.dataset.is_image:
-        copies = 1
-        dequantization = None
-    parts = []
-    for x0, indices, label in iterate_test_set(
-        model, reference, options, name, options.nll_items, copies
-    ):
-        nats = ode_nll(model, x0, indices, options.seed, copies, label, dequantization)
-        parts.append(nats)  # (K, B)
-    return torch.cat(parts, dim=1)
-
-
-def vlb_tables(results, evaluation):
-    """The table of a VLB: one row for each kind of time."""
-    return likelihood_tables("negative log-likelihood: VLB", "vlb_items", results, evaluation)
-
-
-def ode_nll_tables(results, evaluation):
-    """The table of an ODE NLL: one row for each dequantization."""
-    return likelihood_tables("negative log-likelihood: ODE NLL", "nll_items", results, evaluation)
-
-
-def likelihood_tables(title, items, results, evaluation):
-    """The rows as they are, and below them the entropy of the data where it is known."""
+def nll_tables(name, items, results, evaluation):
+    """The table of a VLB or an ODE NLL: its rows, and the entropy of the data where it is known."""
     recipe = evaluation["recipe"]
     note = f"{recipe['unit']}, ± standard error; {recipe[items]:,} test items"
     if "uniform" in results:
         note += f", {recipe['dequant_samples']} dequantizations each"
-    rows = dict(results)
+    rows = dict(results)  # discrete, continuous; or a row for each dequantization
     if evaluation["entropy"]:
         rows["entropy of the data"] = {"total": evaluation["entropy"]}
-    return [(title, note, rows)]
+    return [(f"negative log-likelihood: {name}", note, rows)]

@@ -1,16 +1,16 @@
 """An evaluation for people: tables as text, figures, and one HTML page that needs no network.
 
-`evaluation` is what evaluate.py writes as JSON: plain types, an estimate being {value, error,
-interval}. Metrics without tables of their own get one from their nested dict.
+`evaluation` is what evaluate() gives: plain types, an estimate being {value, error, interval}.
 """
 
 import base64
-import html
 import io
 import json
 import re
-import string
-from dataclasses import dataclass
+from collections import namedtuple
+from html import escape
+from pathlib import Path
+from string import Template
 
 from ddp.io.figures import (
     grid_or_scatter,
@@ -20,110 +20,47 @@ from ddp.io.figures import (
     neighbors,
     to_pil,
 )
-from ddp.metrics.evaluate import known_metrics
+from ddp.metrics.evaluate import flatten, known_metrics
 from ddp.metrics.features import FEATURES
 
 HEADS = {"real_vs_real": "real vs real", "relative_to_real": "relative to real"}
-MAX_IMAGES = 64  # in a figure
-MAX_POINTS = 5000
-PAGE = string.Template("""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem }
-h1 { font-size: 1.6rem }
-h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem }
-h3 { font-size: 1rem; margin: 2rem 0 .2rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { padding: .25rem .8rem; text-align: right; white-space: nowrap }
-td, th { border-bottom: 1px solid #8884 }
-td:first-child, th:first-child { text-align: left; padding-left: 0 }
-figure { margin: 1rem 0 }
-img { max-width: 100%; height: auto; background: #fff }
-small, figcaption { color: #888 }
-small { overflow-wrap: anywhere }
-pre { overflow-x: auto; padding: .8rem; border: 1px solid #8884 }
-.wide { overflow-x: auto }
-.figures { display: flex; flex-wrap: wrap; gap: 1.5rem; align-items: flex-end }
-.warning { color: #b45309 }
-@media (max-width: 40rem) { table { font-size: .8rem } td, th { padding: .2rem .5rem } }
-</style>
-<h1>$title</h1>
-<p>$summary</p>
-$body
-<h2>recipe</h2>
-<pre>$command</pre>
-<details><summary>all settings</summary><pre>$settings</pre></details>
-""")
-
-
-@dataclass
-class Table:
-    """A table of text."""
-
-    title: str
-    note: str
-    head: list  # of columns
-    rows: list  # of lists, as long as head
+PAGE = Template(Path(__file__).with_name("report.html").read_text())  # its style is there
+Table = namedtuple("Table", "title note head rows")  # text; rows: lists as long as head
 
 
 def error_text(cell):
     """An estimate as value ± standard error, or a number, or nothing."""
-    if cell is None:
-        return ""
     if isinstance(cell, dict):
         error = "" if cell["error"] is None else f" ± {cell['error']:.4f}"
         return f"{cell['value']:.4f}{error}"
+    if cell is None:
+        return ""
     return f"{cell:.4g}" if isinstance(cell, float) else f"{cell:,}"
 
 
 def interval_text(cell):
     """An estimate with its 95% interval, in the digits that its error allows."""
     if not isinstance(cell, dict) or cell["error"] is None:
-        return error_text(cell)
-    exponent = -2  # without an error: three digits
-    if cell["error"] > 1e-9:
-        exponent = int(f"{cell['error']:e}".split("e")[1])
-    digits = min(max(0, 1 - exponent), 5)  # two of the error
+        return error_text(cell)  # which has no interval
+    exponent = int(f"{cell['error']:e}".split("e")[1]) if cell["error"] > 1e-9 else -2
+    digits = min(max(0, 1 - exponent), 5)  # two of the error; three where it is 0
     low, high = cell["interval"]
     return f"{cell['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def is_cell(part):
-    """Whether a part of results stands in one cell of a table: an estimate or a number."""
-    is_estimate = isinstance(part, dict) and part.keys() == {"value", "error", "interval"}
-    return is_estimate or part is None or isinstance(part, (int, float))
-
-
-def nested_rows(results, prefix=""):
-    """Nested results as rows, name -> column -> cell: the last key is the column.
-
-    Lists and text have no place in a table and are left out."""
-    if is_cell(results):
-        return {prefix: {"": results}}
-    if not isinstance(results, dict):
-        return {}
+def nested_rows(results):
+    """Nested results, less lists and text, as rows, name -> column (the last key) -> cell."""
     rows = {}
-    cells = {}  # of this level
-    for name, part in results.items():
-        if prefix and is_cell(part):
-            cells[name] = part
-        else:
-            rows |= nested_rows(part, f"{prefix}, {name}" if prefix else str(name))
-    return {prefix: cells} | rows if cells else rows
+    for path, cell in flatten(results).items():
+        *names, column = path if len(path) > 1 else (*path, "")  # a number alone has a row
+        if cell is None or isinstance(cell, (dict, int, float)):
+            rows.setdefault(", ".join(names), {})[column] = cell
+    return rows
 
 
-def make_table(
-    title,
-    note,
-    rows,  # name -> column -> cell
-    cell_text,  # cell -> str
-):
-    """The Table of such rows; a column stands where it first appears."""
-    columns = []
+def make_table(title, note, rows, cell_text):
+    """The Table of rows, name -> column -> cell; a column stands where it first appears."""
+    columns = []  # in the order in which they first appear
     for cells in rows.values():
         columns += [column for column in cells if column not in columns]
     lines = []
@@ -137,47 +74,35 @@ def subject_tables(subject, evaluation):
     """The Tables of one subject, metric by metric."""
     tables = []
     for name, metric in known_metrics().items():
-        if name not in subject:
-            continue
-        if metric.tables:
-            parts = metric.tables(subject[name], evaluation)
-        else:
+        if name in subject:
             parts = [(metric.title or name, metric.note, nested_rows(subject[name]))]
-        cell_text = interval_text if metric.show_interval else error_text
-        for title, note, rows in parts:
-            if rows:  # a metric may have nothing to show
-                tables.append(make_table(title, note, rows, cell_text))
+            if metric.tables:
+                parts = metric.tables(subject[name], evaluation)
+            cell_text = interval_text if metric.show_interval else error_text
+            # a metric may have nothing to show
+            tables += [make_table(*part, cell_text) for part in parts if part[-1]]
     return tables
 
 
 def comparison_table(evaluation):
     """The Table of all subjects side by side, each further one less the first; None for one."""
-    subjects = evaluation["subjects"]
     if not evaluation["comparison"]:
         return None
-    first = subjects[0]["name"]
-    columns = [subject["name"] for subject in subjects] + ["real_vs_real"]
-    columns += [f"{subject['name']} - {first}" for subject in subjects[1:]]
+    names = [subject["name"] for subject in evaluation["subjects"]]
+    cells = [flatten(subject) for subject in evaluation["subjects"]]  # of each: keys -> cell
+    columns = [*names, "real_vs_real", *(f"{name} - {names[0]}" for name in names[1:])]
     rows = {}
     for entry in evaluation["comparison"]:
         path = entry["path"]
-        name = path.removesuffix("/samples")  # "pixels/fd", which is of samples anyway
-        row = rows.setdefault(name, dict.fromkeys(columns))
-        row[f"{entry['subject']} - {first}"] = entry["difference"]
-        for subject in subjects:
-            row[subject["name"]] = look_up(subject, path)
-            if path.endswith("/samples") and row["real_vs_real"] is None:
-                baseline = path.removesuffix("samples") + "real_vs_real"
-                row["real_vs_real"] = look_up(subject, baseline)  # the same for all
+        keys = tuple(path.split("/"))  # as flatten has them
+        row = rows.setdefault(path.removesuffix("/samples"), dict.fromkeys(columns))
+        row[f"{entry['subject']} - {names[0]}"] = entry["difference"]
+        for name, flat in zip(names, cells, strict=True):
+            row[name] = flat.get(keys)
+            if keys[-1] == "samples" and row["real_vs_real"] is None:  # it is the same for all
+                row["real_vs_real"] = flat.get((*keys[:-1], "real_vs_real"))
     note = "95% intervals; differences are of the same real items and noise"
     return make_table("comparison", note, rows, interval_text)
-
-
-def look_up(tree, path):
-    """The part of nested dicts at "vlb/discrete/total", or None."""
-    for key in path.split("/"):
-        tree = (tree or {}).get(key)
-    return tree
 
 
 def report_lines(evaluation):
@@ -188,7 +113,7 @@ def report_lines(evaluation):
     for table in tables:
         lines += ["", f"{table.title} ({table.note})" if table.note else table.title]
         rows = [table.head, *table.rows] if any(table.head) else table.rows  # of text
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]  # in characters
         for row in rows:
             line = "   " + row[0].ljust(widths[0])  # names to the left, numbers to the right
             for cell, width in zip(row[1:], widths[1:], strict=True):
@@ -203,13 +128,11 @@ def candidate_figures(candidate, reference):
     dataset = reference.dataset
     figures = {}
     if candidate.samples is not None:
-        count = MAX_IMAGES if dataset.is_image else MAX_POINTS
-        titles = ("samples", "real items")
-        figures["samples and real items"] = grid_or_scatter(
-            candidate.samples[:count], reference.items[:count], titles
-        )
+        count = 64 if dataset.is_image else 5000  # that a figure has room for
+        sets = (candidate.samples[:count], reference.items[:count])
+        figures["samples and real items"] = grid_or_scatter(*sets, ("samples", "real items"))
     if "memorization" in results:
-        pairs = results["memorization"]["closest"]
+        pairs = results["memorization"]["closest"]  # dicts: sample, train, distance
         samples = candidate.samples[[pair["sample"] for pair in pairs]]
         nearest = dataset.train[[pair["train"] for pair in pairs]]
         caption = "closest samples, each with its nearest training item"
@@ -220,8 +143,8 @@ def candidate_figures(candidate, reference):
             rows = results[space]
             ratios[space] = {name: row.get("relative_to_real") for name, row in rows.items()}
             if "counts" in rows:
-                chart = histogram(rows["counts"], dataset.classes)
-                figures[f"classes by the {space}"] = to_pil(chart)
+                bars = histogram(rows["counts"], dataset.classes)
+                figures[f"classes by the {space}"] = to_pil(bars)
     if ratios:
         figures["samples relative to real items"] = to_pil(metric_ratios(ratios))
     if "loss" in results:
@@ -229,16 +152,10 @@ def candidate_figures(candidate, reference):
     return figures
 
 
-def write_report(
-    folder,
-    evaluation,
-    figures,  # for each subject a dict, caption -> PIL image
-):
-    """Write evaluation.json, evaluation.html and a PNG of each figure into a folder."""
-    text = json.dumps(evaluation, indent=1, allow_nan=False)
-    (folder / "evaluation.json").write_text(text)
-    page = html_page(evaluation, figures)
-    (folder / "evaluation.html").write_text(page, encoding="utf-8")
+def write_report(folder, evaluation, figures):
+    """Write evaluation.json, evaluation.html and figures, for each subject a dict, as PNG."""
+    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1, allow_nan=False))
+    (folder / "evaluation.html").write_text(html_page(evaluation, figures), encoding="utf-8")
     subjects = evaluation["subjects"]
     for i, (subject, images) in enumerate(zip(subjects, figures, strict=True), start=1):
         prefix = f"{i}-{subject['name']}-" if len(subjects) > 1 else ""
@@ -250,52 +167,41 @@ def write_report(
 def html_table(table):
     """A Table as HTML, with everything escaped."""
     lines = []
-    if any(table.head):
-        lines.append(html_row(table.head, "th"))
-    for row in table.rows:
-        lines.append(html_row(row, "td"))
+    for row in [table.head, *table.rows] if any(table.head) else table.rows:
+        tag = "th" if row is table.head else "td"
+        cells = [f"<{tag}>{escape(cell)}</{tag}>" for cell in row]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
-        f"<h3>{html.escape(table.title)}</h3><small>{html.escape(table.note)}</small>"
+        f"<h3>{escape(table.title)}</h3><small>{escape(table.note)}</small>"
         f'<div class="wide"><table>{"".join(lines)}</table></div>'
     )
-
-
-def html_row(cells, tag):
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def html_figure(caption, image):
     """A PIL image within the page."""
     file = io.BytesIO()
     image.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()
-    caption = html.escape(caption)
+    data = base64.b64encode(file.getvalue()).decode()  # within the page: no second file
+    caption = escape(caption)
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 
 
-def html_page(
-    evaluation,
-    figures,  # for each subject a dict, caption -> PIL image
-):
+def html_page(evaluation, figures):
     """The evaluation as one HTML page."""
     dataset = evaluation["dataset"]
     recipe = evaluation["recipe"]
-    parts = []
-    for warning in evaluation["warnings"]:
-        parts.append(f"<p class=warning>{html.escape(warning)}</p>")
+    parts = [f"<p class=warning>{escape(warning)}</p>" for warning in evaluation["warnings"]]
     table = comparison_table(evaluation)
     if table:
         parts.append(html_table(table))
     for subject, images in zip(evaluation["subjects"], figures, strict=True):
-        about = []  # what fits in a line: no lists, no dicts
-        for key, value in subject["about"].items():
-            if isinstance(value, (str, int)):
-                about.append(f"{key}: {value}")
-        parts.append(f"<h2>{html.escape(subject['name'])}</h2>")
-        parts.append(f"<small>{html.escape('; '.join(about))}</small>")
+        origin = subject["about"].items()  # of it what fits in a line: no lists, no dicts
+        about = [f"{key}: {value}" for key, value in origin if isinstance(value, (str, int))]
+        parts.append(f"<h2>{escape(subject['name'])}</h2>")
+        parts.append(f"<small>{escape('; '.join(about))}</small>")
         shown = [html_figure(caption, image) for caption, image in images.items()]
         parts.append(f'<div class="figures">{"".join(shown)}</div>')
         for table in reversed(subject_tables(subject, evaluation)):  # samples before likelihoods
@@ -304,10 +210,10 @@ def html_page(
     shape = "x".join(str(side) for side in dataset["event"])
     settings = json.dumps({"dataset": dataset, "recipe": recipe}, indent=1)
     return PAGE.substitute(
-        title=html.escape(f"{names} on {dataset['name']}"),
+        title=escape(f"{names} on {dataset['name']}"),
         summary=f"{dataset['train']:,} training and {dataset['test']:,} test items of {shape}; "
         f"seed {recipe['seed']}.",
         body="\n".join(parts),
-        command=html.escape(recipe["command"]),
-        settings=html.escape(settings),
+        command=escape(recipe["command"]),
+        settings=escape(settings),
     )
