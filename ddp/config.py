@@ -178,7 +178,7 @@ class Config:
         if self.noise_dist is None and (vlb or self.schedule != Config.schedule):
             self.noise_dist = "stratified"  # a schedule that was chosen says what is drawn
         dist = NOISE_DISTS[self.noise_dist or "stratified"]
-        is_name = not self.name or self.name == Path(self.name).name
+        is_name = not self.name or (self.name == Path(self.name).name and self.name != "..")
         drops_labels = self.label_dropout != Config.label_dropout
         slopes = self.negative_slope != Config.negative_slope
         for wrong, message in (

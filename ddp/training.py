@@ -125,7 +125,9 @@ class Trainer:
         config = self.config
         warmup_factor = min(1.0, (self.step + 1) / (config.warmup + 1))
         lr = config.lr * warmup_factor * LR_SCHEDULES[config.lr_schedule](lr_progress)
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        groups = []
+        for optimizer in self.optimizers:
+            groups += optimizer.param_groups
         for group, scale in zip(groups, self.lr_scales, strict=True):
             group["lr"] = lr * scale
         return lr

@@ -1,5 +1,5 @@
-"""What every test shares: the repository's root on the path, one thread a process, and a cache of
-its own, so that the user's is neither read nor written.
+"""What all tests have in common: the repository's root on the path, one thread a process, and a
+cache of its own, so that the user's is neither read nor written.
 
 The tensors here are tiny; more threads would spend their time on waiting for each other."""
 
@@ -22,7 +22,15 @@ sys.path.insert(0, str(ROOT))
 
 @pytest.fixture
 def shared_data():
-    """The folder of real datasets that tests may use; it lies beside the repository, not in it."""
+    """The folder of real datasets that tests may use; it lies next to the repository, not in it."""
     if not SHARED.is_dir():
         pytest.skip(f"{SHARED} is absent")
     return SHARED
+
+
+@pytest.fixture
+def small_bn_batches(monkeypatch):
+    """Recompute BatchNorm's statistics on little data, where they need not be good."""
+    monkeypatch.setattr("ddp.training.BN_BATCHES", 2)
+    monkeypatch.setattr("ddp.training.BN_BATCH_IMAGES", 32)
+    monkeypatch.setattr("ddp.training.BN_BATCH_POINTS", 64)

@@ -1,4 +1,4 @@
-"""The house: reading order, and what the package keeps out."""
+"""The house: reading order, what the package keeps out, how long its parts may be."""
 
 import ast
 import re
@@ -6,57 +6,192 @@ import re
 import pytest
 from conftest import ROOT
 
-# in the order in which a newcomer reads it; a module imports only modules above it
-ORDER = [
-    *("schedule", "forward", "network", "model", "loss", "guidance", "reverse", "likelihood"),
-    *("quality", "pictures", "data", "editing", "config", "device", "checkpoint"),
-    *("profiling", "muon", "training"),
-    *("features", "figures", "evaluation", "report", "output", "run"),
+# In the order in which a newcomer reads them; a module imports only modules above it.
+CORE = [
+    *("schedule", "rng", "noise_dist", "forward", "reverse", "model", "loss", "sampling"),
+    *("optim", "learned_schedule", "training", "options", "config", "editing"),
 ]
+DRAWERS = [
+    "io.files",
+    *("data.dataset", "data.toy", "data.vision", "data.folder", "data", "data.arrays"),
+    *("io.edit_inputs", "io.device", "io.figures", "io.checkpoint"),
+    *("metrics.ode", "metrics.likelihood", "metrics.distances", "metrics.uncertainty"),
+    *("metrics.features", "metrics.candidate", "metrics.likelihood_metrics"),
+    *("metrics.sample_metrics", "metrics.evaluate", "metrics.report"),
+    *("io.writer", "io.run_dir", "io.diagnostics", "io.cli"),
+]
+ORDER = CORE + DRAWERS
+DOCSTRING_ONLY = ["metrics", "io"]  # __init__.py of a drawer that offers no names
+SCRIPTS = ["train.py", "evaluate.py", "generate.py"]
+KNOWS_THE_COMMAND_LINE = "io.cli"  # the only module that does
+GIT_FLAGS = ["--always", "--dirty", "--abbrev=40", "--exclude=*"]  # another program's
+
+MAX_FUNCTION_LINES = 45
+MAX_FILE_LINES = 340
+MAX_SCRIPT_LINES = 120
 
 
-def imports(path):
-    """Names of the ddp modules that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "ddp":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ddp."):
-            yield node.module.split(".")[1]
-        elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("ddp."))
+def path_of(module):
+    """Return the file of a module such as "data.toy"."""
+    path = ROOT / "ddp" / module.replace(".", "/")
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def module_of(path):
+    """Return the name of a file in ddp/, such as "data.toy" or "data"."""
+    parts = path.relative_to(ROOT / "ddp").with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def tree_of(path):
+    return ast.parse(path.read_text())
+
+
+def all_files():
+    return sorted((ROOT / "ddp").rglob("*.py"))
+
+
+def imported_modules(path):
+    """Return the modules of ddp that a file imports, such as "data.toy"; "" is ddp itself."""
+    modules = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names = [node.module]
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            if name == "ddp":
+                modules.add("")
+            elif name.startswith("ddp.") and path_of(name[4:]).is_file():
+                modules.add(name[4:])
+    # `from ddp.io.files import x` is no import of all that ddp/__init__.py offers
+    if modules - {""}:
+        modules.discard("")
+    return modules
 
 
 def test_every_module_has_its_place():
-    assert {p.stem for p in (ROOT / "ddp").glob("*.py")} - {"__init__"} == set(ORDER)
+    assert {module_of(path) for path in all_files()} == {"", *ORDER, *DOCSTRING_ONLY}
 
 
 @pytest.mark.parametrize("module", ORDER)
-def test_a_module_imports_only_modules_above_it(module):
-    for name in imports(ROOT / "ddp" / f"{module}.py"):
+def test_module_imports_only_modules_above_it(module):
+    for name in imported_modules(path_of(module)) - {""} - set(DOCSTRING_ONLY):
         assert ORDER.index(name) < ORDER.index(module), f"{module} imports {name}"
 
 
-@pytest.mark.parametrize("module", ORDER)
-def test_the_package_neither_prints_nor_parses_flags(module):
-    tree = ast.parse((ROOT / "ddp" / f"{module}.py").read_text())
-    names = {
-        n.func.id
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    }
-    assert "print" not in names
-    modules = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert not modules & {"argparse", "torchvision"}
+@pytest.mark.parametrize("module", CORE)
+def test_core_imports_no_drawer(module):
+    drawers = imported_modules(path_of(module)) - set(CORE)
+    assert not drawers, f"{module} imports {drawers}"
 
 
-def test_the_readme_has_two_set_up_commands_that_name_the_requirements():
+def test_public_names_stand_in_reading_order():
+    nodes = tree_of(ROOT / "ddp" / "__init__.py").body
+    modules = [node.module[4:] for node in nodes if isinstance(node, ast.ImportFrom)]
+    assert modules == sorted(modules, key=ORDER.index)
+
+
+@pytest.mark.parametrize("module", DOCSTRING_ONLY)
+def test_drawer_without_names_is_one_docstring(module):
+    (docstring,) = tree_of(path_of(module)).body
+    assert isinstance(docstring.value, ast.Constant)
+
+
+# ---- what the package keeps out ----
+
+
+def strings_in(tree):
+    """Yield (line, text) of every string literal, parts of f-strings and docstrings among them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+@pytest.mark.parametrize("module", [m for m in ORDER if m != KNOWS_THE_COMMAND_LINE])
+def test_module_knows_no_command_line(module):
+    tree = tree_of(path_of(module))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert node.value.id != "args", f"{module}:{node.lineno} reads args.{node.attr}"
+        if isinstance(node, ast.Name):
+            assert node.id != "print", f"{module}:{node.lineno} prints"
+    for line, text in strings_in(tree):
+        if text in GIT_FLAGS:
+            continue
+        assert not re.search(r"--[a-zA-Z]", text), f"{module}:{line} names a flag: {text!r}"
+
+
+@pytest.mark.parametrize("path", all_files(), ids=module_of)
+def test_argparse_is_only_in_cli_and_torchvision_nowhere(path):
+    modules = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules.add(node.module.split(".")[0])
+    assert "torchvision" not in modules
+    if module_of(path) != KNOWS_THE_COMMAND_LINE:
+        assert "argparse" not in modules
+
+
+# ---- how long its parts may be ----
+
+
+@pytest.mark.parametrize("path", all_files(), ids=module_of)
+def test_file_and_functions_are_short(path):
+    count = len(path.read_text().splitlines())
+    assert count <= MAX_FILE_LINES
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MAX_FUNCTION_LINES, f"{node.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_script_is_short(script):
+    count = len((ROOT / script).read_text().splitlines())
+    assert count <= MAX_SCRIPT_LINES
+
+
+# ---- what README says of it ----
+
+
+def modules_in_readme():
+    """Return the files of ddp/ that the table of modules names, in its order.
+
+    Its lines begin like "| `data/toy.py`, `data/vision.py` | "."""
+    files = []
+    for line in (ROOT / "README.md").read_text().splitlines():
+        first_cell = re.match(r"\|([^|]*)\|", line)
+        if first_cell:
+            files += re.findall(r"`([a-z_]+(?:/[a-z_]+)?\.py)`", first_cell[1])
+    return files
+
+
+def test_readme_table_of_modules_is_true():
+    files = modules_in_readme()
+    assert len(files) == len(set(files))
+    ours = {str(path_of(module).relative_to(ROOT / "ddp")) for module in ORDER}
+    assert set(files) - {"data/__init__.py"} == ours - {"data/__init__.py"}
+
+
+def test_readme_lists_the_core_in_reading_order():
+    core = [name.removesuffix(".py") for name in modules_in_readme() if "/" not in name]
+    assert core == CORE
+
+
+def test_readme_has_two_set_up_commands_that_name_the_requirements():
     lines = re.findall(r"^pip install .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert len(lines) == 2
     assert "-r requirements.txt" in lines[0]
     assert "python train.py" in lines[0]
     assert "-r requirements-dev.txt" in lines[1]
     assert "python -m pytest" in lines[1]
-    (pin,) = (
-        line for line in (ROOT / "requirements.txt").read_text().splitlines() if "torch" in line
-    )
+    requirements = (ROOT / "requirements.txt").read_text().splitlines()
+    (pin,) = [line for line in requirements if line.startswith("torch")]
     assert pin.startswith("torch==2.13.0")

@@ -38,13 +38,11 @@ def load_dataset(
     if name in DATASETS:
         for option, value in options.items():
             if value is not None:
-                raise ValueError(
-                    f"{option}={value} is for folders, not dataset={name}; leave it out"
-                )
+                raise ValueError(f"omit {option}={value}: it is for folders, not dataset={name}")
         return DATASETS[name](data_dir=data_dir, seed=seed, progress=progress)
     paths = [Path(name)]
-    if paths[0].is_absolute():  # as a checkpoint remembers it; it may have moved to data_dir
-        paths += [Path(data_dir, paths[0].name), Path(data_dir)]
+    if Path(name).is_absolute():  # as a checkpoint remembers it; it may have moved to data_dir
+        paths += [Path(data_dir, Path(name).name), Path(data_dir)]
     for path in paths:
         if path.exists():
             return load_folder(path, **options)

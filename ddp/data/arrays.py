@@ -8,14 +8,11 @@ import torch
 from ddp.data.dataset import to_float, to_pixels
 from ddp.data.folder import read_images
 
-SAMPLE_NAMES = ("images", "points", "samples", "arr_0")  # arr_0: what np.savez calls it
-
 
 def read_array(path, names=()):
     """The NumPy array of numbers in an .npy or .npz file, or None when it has another suffix.
 
-    Of an .npz: the first of `names` that is there; without names, its first array. Raises OSError
-    when it cannot be read, or holds anything but numbers."""
+    Of an .npz, the first of `names`, default: of all. Raises OSError when it cannot be read."""
     if Path(path).suffix.lower() not in (".npy", ".npz"):
         return None
     try:
@@ -72,19 +69,18 @@ def read_latents(path, event):
 
 def load_samples(path, event):
     """Return samples that any program wrote, uint8 (N, C, H, W) or points, and lines of text."""
-    array = read_array(path, SAMPLE_NAMES)
-    # nobody knows the range of float images
-    if array is not None and len(event) == 3 and array.dtype != np.uint8:
+    names = ("images", "points", "samples", "arr_0")  # arr_0: what np.savez calls it
+    array = read_array(path, names)
+    if array is not None and len(event) == 3 and array.dtype != np.uint8:  # of unknown range
         raise ValueError(f"{path} holds {array.dtype}; expected uint8 images (N, H, W[, C])")
-    x0, summary = read_items(path, event, SAMPLE_NAMES)
+    x0, summary = read_items(path, event, names)
     return to_pixels(x0), summary
 
 
 def load_mask(path, event):
     """The part to fill in, bool, (N, *event) or broadcast to it: light, or not zero.
 
-    path: an image, or an array (N, H, W), (H, W), (N, D) or (D,). Raises ValueError when it does
-    not fit items of shape `event`, or is all or nothing."""
+    Of an image, or an array (N, H, W), (H, W), (N, D) or (D,); ValueError when it does not fit."""
     array = read_array(path)
     is_image = len(event) == 3
     gray = (1, *event[1:]) if is_image else tuple(event)  # one channel counts for all

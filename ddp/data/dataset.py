@@ -35,8 +35,7 @@ class Dataset:
         """16 hex digits that tell this dataset, split and order included, from any other."""
         parts = (self.train, self.test, self.train_labels, self.test_labels)
         shapes = [None if part is None else tuple(part.shape) for part in parts]
-        present = [part for part in parts if part is not None]
-        return digest(present, header=repr(shapes))
+        return digest([part for part in parts if part is not None], header=repr(shapes))
 
     def describe(self):
         """Lines of text that say what was loaded."""

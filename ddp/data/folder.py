@@ -2,10 +2,8 @@
 
 The rules: EXIF rotation is applied; a palette is looked up, and counts as color; transparency is
 laid over white; 16 bits are scaled to 8, not cut off; CMYK becomes RGB; of an animation the first
-frame counts. An image is scaled until it covers the target and cropped to it about its center.
-Hidden files are passed over; damaged ones, and those above Pillow's limit of 89 million pixels,
-are skipped and change nothing for the others.
-"""
+frame counts. An image is scaled to cover the target and cropped about its center. Hidden files are
+passed over; damaged ones and those above 89 million pixels are skipped, to no effect on others."""
 
 import contextlib
 import io
@@ -29,15 +27,13 @@ GRAY_MODES = ("1", "L", "LA", "I", "I;16")
 MAX_NATIVE_SIZE = 64  # images of one common size up to this keep it
 DEFAULT_SIZE = (32, 32)  # (H, W)
 MAX_FILE_BYTES = 1 << 28  # a .zip can promise more than fits into memory
-HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX)")  # a part of a path: .name, or macOS's by-product
+HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX)|/$")  # .name, macOS's by-product, a .zip's folder
 IS_TEST = {"train": False, "training": False, "test": True, "testing": True}  # folder -> split
 IS_TEST |= {"val": True, "valid": True, "validation": True}
 
 
 @dataclass
-class Images:
-    """What was read from a folder or .zip."""
-
+class Images:  # what was read from a folder or .zip
     items: torch.Tensor  # (N, C, H, W) uint8
     labels: torch.Tensor | None  # (N,) int64, if all lie in class folders, of which are two or more
     classes: list  # names of the class folders
@@ -110,8 +106,7 @@ def open_files(path):
         except Exception as error:  # it raises nearly anything on damaged files
             raise OSError(f"{path} is not a whole .zip file ({error})") from None
         with archive:
-            names = [name for name in archive.namelist() if not name.endswith("/")]
-            yield {name: partial(read_member, archive, name) for name in names}
+            yield {name: partial(read_member, archive, name) for name in archive.namelist()}
 
 
 def read_member(archive, name):
@@ -131,8 +126,7 @@ def decode(files, names, image_size, channels):
         try:
             items = np.empty((len(headers), *shape), np.uint8)  # (N, C, H, W)
         except (MemoryError, ValueError):
-            size = f"{len(headers)} images of image_size={shape[1]}x{shape[2]}"
-            raise ValueError(f"{size} do not fit into memory; use a smaller one") from None
+            raise ValueError(f"image_size={shape[1:]} needs too much memory; lower it") from None
         readable = {}
         for name, pixels in read_each(partial(read_pixels, shape=shape), files, headers, skipped):
             items[len(readable)] = pixels

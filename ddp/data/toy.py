@@ -22,8 +22,7 @@ RING_SD = 0.08  # of the radius
 def swiss_roll(count, random):
     from sklearn.datasets import make_swiss_roll  # here, because it takes a second to import
 
-    points, _ = make_swiss_roll(count, noise=0.5, random_state=random)  # (count, 3)
-    return points[:, [0, 2]]
+    return make_swiss_roll(count, noise=0.5, random_state=random)[0][:, [0, 2]]  # of x, y, z
 
 
 def moons(count, random):
@@ -65,8 +64,7 @@ def rings(count, random):
 def rings_log_density(x):
     radius = x.norm(dim=1)  # (B,)
     exponent = -((radius[:, None] - torch.as_tensor(RING_RADII)) ** 2) / (2 * RING_SD**2)  # (B, 3)
-    log_norm = math.log(3 * RING_SD * math.sqrt(2 * math.pi))
-    log_radial = torch.logsumexp(exponent, dim=1) - log_norm
+    log_radial = exponent.logsumexp(dim=1) - math.log(3 * RING_SD * math.sqrt(2 * math.pi))
     return log_radial - (2 * math.pi * radius).log()  # spread over the circle
 
 
@@ -88,13 +86,10 @@ TOYS = {  # name -> sampler, log-density where it is known
 
 
 def load_toy(name, seed=0, **_):
-    """Points standardized by the moments of one fixed sample, the same for every seed.
-
-    The test points, too, are the same for every seed: figures of different runs compare."""
+    """Points standardized by a fixed sample's moments; the test points are those of every seed."""
     sample, log_density = TOYS[name]
     fixed = sample(TRAIN_POINTS, np.random.RandomState(1))
-    mean = fixed.mean(axis=0)  # (2,) float64
-    sd = fixed.std(axis=0)
+    mean, sd = fixed.mean(axis=0), fixed.std(axis=0)  # (2,) float64
     train = (sample(TRAIN_POINTS, np.random.RandomState([seed, 2])) - mean) / sd
     test = (sample(TEST_POINTS, np.random.RandomState(3)) - mean) / sd
     dataset = Dataset(name, torch.from_numpy(train).float(), torch.from_numpy(test).float())

@@ -27,9 +27,7 @@ CIFAR_CLASSES += ["dog", "frog", "horse", "ship", "truck"]
 CIFAR_ARCHIVE = "cifar-10-binary.tar.gz"
 CIFAR_MEMBERS = (*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin")
 CIFAR_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then red, green and blue
-# of the 10,000 labels: the cheapest way to tell MNIST from Fashion-MNIST
-MNIST_TEST_LABELS_MD5 = "073c3904dfbd3e141ff8aa01cfde6b15"
-
+MNIST_TEST_LABELS_MD5 = "073c3904dfbd3e141ff8aa01cfde6b15"  # tells MNIST from Fashion-MNIST
 
 PUBLISHED = {  # URLs lack the name of a file; files are in the order in which they are read
     "mnist": {
@@ -144,8 +142,7 @@ def load_cifar10(data_dir="data", progress=None, **_):
 
 def find_or_download(name, file, data_dir, progress):
     """The path of a file of PUBLISHED[name] in data_dir, downloaded when it is not there."""
-    torchvisions = "MNIST/raw" if name == "mnist" else name  # where torchvision puts it
-    for folder in (name, ".", torchvisions):
+    for folder in (name, ".", "MNIST/raw" if name == "mnist" else "."):  # the last: torchvision's
         for candidate in (file.replace("ubyte.gz", "ubyte"), file):
             path = Path(data_dir, folder, candidate)
             if path.is_file():
@@ -155,28 +152,26 @@ def find_or_download(name, file, data_dir, progress):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"data_dir={data_dir}: {error}; use another folder") from None
-    reasons = []
+    reasons = ""
     for mirror in PUBLISHED[name]["mirrors"]:
         write = partial(fetch, mirror + file, PUBLISHED[name]["md5"][file], progress)
         try:
             return atomic_write(folder / file, write)  # a file that is there is whole
         except (OSError, HTTPException, ValueError) as error:
-            reasons.append(f"{mirror}: {' '.join(str(error).split())}")
-    why = "; ".join(reasons)
-    raise OSError(f"data_dir={data_dir}: cannot download {file} ({why}); put it into {folder}")
+            reasons += f"; {mirror}: {' '.join(str(error).split())}"
+    raise OSError(f"data_dir={data_dir}: cannot download {file}{reasons}; put it into {folder}")
 
 
 def fetch(url, expected_md5, progress, path):
     """Write what `url` holds to `path`. Raises ValueError when its MD5 is another."""
-    md5 = hashlib.md5(usedforsecurity=False)
     progress = progress or partial(tqdm, disable=True)
     with urlopen(url, timeout=30) as source, open(path, "wb") as f:
         total = int(source.headers.get("Content-Length") or 0) or None  # bytes
         name = url.rsplit("/", 1)[1]
         with closing(progress(total=total, unit="B", unit_scale=True, desc=name)) as bar:
             while chunk := source.read(1 << 18):
-                md5.update(chunk)
                 f.write(chunk)
                 bar.update(len(chunk))
-    if md5.hexdigest() != expected_md5:
-        raise ValueError(f"not the published file (MD5 {md5.hexdigest()})")
+    md5 = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    if md5 != expected_md5:
+        raise ValueError(f"not the published file (MD5 {md5})")

@@ -1,0 +1,302 @@
+"""The hyper-parameters: what contradicts, what is chosen for the data, how long a run is."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+from tiny import random_points
+
+from ddp.config import (
+    OLD_NAMES,
+    OLD_VALUES,
+    PRESETS,
+    RESUMABLE_FIELDS,
+    Config,
+    resume_config,
+)
+from ddp.options import SamplerOptions, expected
+from ddp.reverse import MLP, NETWORKS, UNet
+
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+IMAGES = SimpleNamespace(classes=["a", "b"], is_image=True)
+POINTS = SimpleNamespace(classes=[], is_image=False)
+
+
+def test_fields_are_documented_and_within_their_own_bounds():
+    config = Config()
+    for name, field in FIELDS.items():
+        assert len(field.metadata["help"]) > 8, name
+        value = getattr(config, name)
+        assert value is None or expected(field, value) is None, name
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dataset": ""},
+        {"data_dir": 3},
+        {"image_size": [0, 8]},
+        {"channels": 2},
+        {"test_fraction": 0.6},
+        {"epochs": 0},
+        {"max_steps": 0},
+        {"max_minutes": -1.0},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"batch_size": 0},
+        {"optimizer": "sgd"},
+        {"lr_schedule": "exponential"},
+        {"warmup": -1},
+        {"weight_decay": -0.1},
+        {"grad_clip": -1.0},
+        {"grad_accumulation": 0},
+        {"noise_copies": 65},
+        {"ema_decay": 1.0},
+        {"seed": -1},
+        {"seed": 2**32},
+        {"precision": "fp64"},
+        {"compile": "yes"},
+        {"schedule": "cubic"},
+        {"timesteps": -1},
+        {"shift": 0.0},
+        {"noise_dist": "normal"},  # an old name
+        {"network": "vit"},
+        {"channels_base": 4},
+        {"blocks_per_level": 0},
+        {"channel_mult": []},
+        {"channel_mult": [1] * 9},
+        {"patch_size": 0},
+        {"attention_resolutions": [0]},
+        {"norm": "layer"},
+        {"activation": "gelu"},
+        {"negative_slope": 1.5},
+        {"dropout": 0.95},
+        {"init": "orthogonal"},
+        {"label_dropout": 1.5},
+        {"prediction": "score"},
+        {"weighting": "bound"},  # an old name
+        {"loss": "l2"},
+        {"save_every": 0},
+        {"keep_checkpoints": -1},
+        {"sample_every": 0},
+    ],
+)
+def test_config_names_what_is_out_of_bounds(fields):
+    (name,) = fields
+    with pytest.raises(ValueError, match=rf"^{name}="):
+        Config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({"name": "a/b"}, "name"),
+        ({"name": "."}, "name"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"label_dropout": 0.2}, "label_dropout"),
+        ({"negative_slope": 0.2, "activation": "relu"}, "negative_slope"),
+        ({"schedule": "learned", "timesteps": 10}, "timesteps"),
+        ({"schedule": "learned", "zero_terminal_snr": True}, "zero_terminal_snr"),
+        ({"schedule": "learned", "noise_dist": "uniform"}, "noise_dist"),
+        ({"schedule": "learned", "weighting": "v"}, "weighting"),
+        ({"schedule": "learned", "loss": "l1"}, "loss"),
+        ({"zero_terminal_snr": True, "prediction": "eps"}, "prediction"),
+        ({"zero_terminal_snr": True, "timesteps": 1}, "timesteps"),
+        ({"zero_terminal_snr": True, "weighting": "vlb"}, "weighting"),
+        ({"zero_terminal_snr": True, "noise_dist": "edm"}, "noise_dist"),
+        ({"weighting": "vlb", "noise_dist": "lognormal"}, "noise_dist"),
+        ({"weighting": "vlb", "noise_dist": "edm"}, "noise_dist"),
+    ],
+)
+def test_config_refuses_what_contradicts(fields, name):
+    with pytest.raises(ValueError, match=name):
+        Config(**fields)
+
+
+def test_config_takes_a_batch_of_one_where_no_batchnorm_is():
+    assert Config(batch_size=1, norm="group").batch_size == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "weighting", "timesteps"),
+    [
+        ({}, "v", 1000),
+        ({"prediction": "eps"}, "snr", 1000),
+        ({"prediction": "x0"}, "min_snr", 1000),
+        ({"prediction": "flow", "timesteps": 0}, "flow", 0),
+        ({"schedule": "learned"}, "vlb", 0),
+        ({"weighting": "p2"}, "p2", 1000),
+    ],
+)
+def test_config_chooses_the_weighting_and_timesteps(fields, weighting, timesteps):
+    config = Config(**fields)
+    assert config.weighting == weighting
+    assert config.timesteps == timesteps
+
+
+@pytest.mark.parametrize(
+    ("fields", "noise_dist"),
+    [
+        ({"dataset": "mnist"}, "lognormal"),
+        ({"dataset": "some/folder"}, "lognormal"),
+        ({"dataset": "digits"}, "stratified"),
+        ({"dataset": "digits", "noise_dist": "lognormal"}, "lognormal"),
+        ({"dataset": "mnist", "schedule": "linear"}, "stratified"),
+        ({"dataset": "mnist", "schedule": "linear", "noise_dist": "lognormal"}, "lognormal"),
+        ({"dataset": "mnist", "weighting": "vlb"}, "stratified"),
+    ],
+)
+def test_resolve_chooses_the_noise_dist_for_the_data(fields, noise_dist):
+    assert Config(**fields).resolve(IMAGES).noise_dist == noise_dist
+
+
+@pytest.mark.parametrize("dataset", [*PRESETS, "elsewhere/folder", "moons"])
+@pytest.mark.parametrize("data", [IMAGES, POINTS])
+def test_resolve_leaves_nothing_open(dataset, data):
+    if dataset in ("images", "points"):  # kinds of data, not datasets
+        return
+    kind = "images" if data.is_image else "points"
+    if (dataset == "moons") != (kind == "points"):
+        return
+    config = Config(dataset=dataset).resolve(data)
+    preset = PRESETS.get(dataset, PRESETS[kind])
+    for name, value in preset.items():
+        assert getattr(config, name) == value
+    assert config.network == ("unet" if data.is_image else "mlp")
+    limits = {"epochs", "max_steps", "max_minutes"}
+    of_folders = {"image_size", "channels", "test_fraction"}
+    of_output = {"name", "save_every", "sample_every"}
+    for name in FIELDS.keys() - limits - of_folders - of_output:
+        assert getattr(config, name) is not None, name
+    assert config.resolve(data) == config
+
+
+def test_resolve_keeps_what_was_chosen():
+    chosen = {
+        "channels_base": 24,
+        "blocks_per_level": 2,
+        "channel_mult": [1, 3],
+        "patch_size": 4,
+        "noise_copies": 5,
+        "noise_dist": "uniform",
+    }
+    config = Config(dataset="mnist", **chosen).resolve(IMAGES)
+    assert {name: getattr(config, name) for name in chosen} == chosen
+
+
+def test_resolve_trains_points_in_fp32():
+    assert Config(dataset="moons").resolve(POINTS).precision == "fp32"
+    assert Config(dataset="moons", precision="bf16").resolve(POINTS).precision == "bf16"
+    assert Config().resolve(IMAGES).precision == "auto"
+
+
+@pytest.mark.parametrize(
+    ("fields", "data", "name"),
+    [
+        ({"class_cond": True}, POINTS, "class_cond"),
+        ({"attention_resolutions": [4]}, POINTS, "attention_resolutions"),
+        ({"patch_size": 2}, POINTS, "patch_size"),
+        ({"channel_mult": [1, 2]}, POINTS, "channel_mult"),
+    ],
+)
+def test_resolve_refuses_what_the_data_cannot_do(fields, data, name):
+    with pytest.raises(ValueError, match=name):
+        Config(**fields).resolve(data)
+
+
+def test_network_options_are_those_of_the_networks():
+    for event, data in (((1, 8, 8), IMAGES), ((2,), POINTS)):
+        config = Config(channels_base=16).resolve(data)
+        assert config.network_options().keys() <= FIELDS.keys()
+        network = NETWORKS[config.network](event, 0, **config.network_options())
+        assert isinstance(network, UNet if data.is_image else MLP)
+
+
+def test_data_options_are_those_of_load_dataset():
+    options = Config(dataset="moons", data_dir="x", seed=4).data_options()
+    assert options == {
+        "name": "moons",
+        "data_dir": "x",
+        "seed": 4,
+        "image_size": None,
+        "channels": None,
+        "test_fraction": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps"),
+    [
+        ({}, 100 * 10),  # the default: 100 epochs, here of 10 batches
+        ({"epochs": 3}, 30),
+        ({"epochs": 0.25}, 3),  # rounded up
+        ({"epochs": 3, "max_steps": 20}, 20),
+        ({"epochs": 1, "max_steps": 20}, 10),
+        ({"max_steps": 20}, 20),
+        ({"max_minutes": 1.0}, None),
+        ({"max_minutes": 1.0, "epochs": 3}, 30),
+        ({"epochs": 3, "grad_accumulation": 4}, 8),
+    ],
+)
+def test_num_steps_is_the_length_of_the_run(fields, steps):
+    assert Config(batch_size=100, **fields).num_steps(1000) == steps
+
+
+# ---- a resumed run, and old names ----
+
+
+@pytest.mark.parametrize("name", sorted(RESUMABLE_FIELDS))
+def test_resume_config_takes_what_may_change(name):
+    new = {
+        str: "other",
+        int: 7,
+        float: 0.5,
+        bool: True,
+    }[FIELDS[name].metadata["kind"]]
+    if FIELDS[name].metadata["choices"]:
+        new = list(FIELDS[name].metadata["choices"])[-1]
+    config = resume_config(Config(), {name: new})
+    assert getattr(config, name) == new
+
+
+@pytest.mark.parametrize("name", sorted(FIELDS.keys() - RESUMABLE_FIELDS))
+def test_resume_config_refuses_what_makes_another_run(name):
+    config = Config()
+    assert resume_config(config, {name: getattr(config, name)}) == config  # the same may be said
+    with pytest.raises(ValueError, match=rf"^{name}="):
+        resume_config(config, {name: "something else"})
+
+
+def test_resume_config_puts_a_new_limit_in_the_place_of_the_old():
+    config = resume_config(Config(epochs=5, max_minutes=3.0), {"max_steps": 10})
+    assert (config.epochs, config.max_steps, config.max_minutes) == (None, 10, None)
+    assert resume_config(Config(epochs=5), {"lr": 0.1}).epochs == 5
+
+
+def test_resume_config_drops_compile():
+    """It may not work on this machine."""
+    assert not resume_config(Config(compile=True), {}).compile
+    assert resume_config(Config(), {"compile": True}).compile
+
+
+def test_old_names_stand_for_fields():
+    new = FIELDS.keys() | {field.name for field in dataclasses.fields(SamplerOptions)}
+    assert set(OLD_NAMES.values()) <= new
+    assert not OLD_NAMES.keys() & new  # an old name means one thing only
+
+
+def test_old_values_stand_for_choices():
+    fields = dict(FIELDS)
+    for field in dataclasses.fields(SamplerOptions):
+        fields[field.name] = field
+    for name, values in OLD_VALUES.items():
+        choices = fields[name].metadata["choices"]
+        assert set(values.values()) <= set(choices), name
+        assert not values.keys() & set(choices), name
+
+
+def test_config_of_a_dataset_of_ones_own():
+    data = random_points(classes=3)
+    config = Config(dataset="mine", class_cond=True).resolve(data)
+    assert config.network == "mlp"
+    assert config.noise_copies == PRESETS["points"]["noise_copies"]
