@@ -521,7 +521,7 @@ def test_zip_of_real_images_is_what_pillow_reads(shared_data, tmp_path):
     images, again = read_images(path), read_images(tmp_path / "folder")
     assert torch.equal(images.items, again.items)
     assert images.items.shape == (200, 3, 32, 32)
-    assert images.classes == PUBLISHED["cifar10"].classes
+    assert images.classes == PUBLISHED["cifar10"]["classes"]
     assert images.labels.bincount().tolist() == [20] * 10
     for item, label, name in zip(images.items, images.labels, names, strict=True):
         image = np.asarray(Image.open(tmp_path / "folder" / name))

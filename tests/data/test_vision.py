@@ -1,6 +1,5 @@
 """Digits, MNIST and CIFAR-10: as published, damaged, and from mirrors that fail on loopback."""
 
-import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -18,7 +17,7 @@ from tqdm import tqdm
 from ddp.data import load_dataset, vision
 from ddp.data.vision import CIFAR_ARCHIVE, PUBLISHED
 
-IDX_FILES = list(PUBLISHED["mnist"].md5)
+IDX_FILES = list(PUBLISHED["mnist"]["md5"])
 
 # ---- digits ----
 
@@ -328,7 +327,7 @@ def mirrors(monkeypatch):
             urls = [f"http://127.0.0.1:{ports.get(k, server.server_port)}/{k}/" for k in kinds]
             md5 = {file: hashlib.md5(content).hexdigest() for file, content in server.files.items()}
             for name in list(PUBLISHED):
-                changed = dataclasses.replace(PUBLISHED[name], mirrors=urls, md5=md5)
+                changed = PUBLISHED[name] | {"mirrors": urls, "md5": md5}
                 monkeypatch.setitem(PUBLISHED, name, changed)
 
         server.use = use
@@ -436,7 +435,7 @@ def test_download_refuses_a_data_dir_that_is_a_file(mirrors, tmp_path):
 def test_published_files_have_two_mirrors_and_a_checksum():
     assert set(PUBLISHED) == {"mnist", "fashion_mnist", "cifar10"}
     for record in PUBLISHED.values():
-        assert len(set(record.mirrors)) >= 2
-        assert all(url.startswith("http") and url.endswith("/") for url in record.mirrors)
-        assert all(len(bytes.fromhex(md5)) == 16 for md5 in record.md5.values())
-        assert len(set(record.classes)) == 10
+        assert len(set(record["mirrors"])) >= 2
+        assert all(url.startswith("http") and url.endswith("/") for url in record["mirrors"])
+        assert all(len(bytes.fromhex(md5)) == 16 for md5 in record["md5"].values())
+        assert len(set(record["classes"])) == 10
