@@ -92,6 +92,7 @@ def test_config_names_what_is_out_of_bounds(fields):
     [
         ({"name": "a/b"}, "name"),
         ({"name": "."}, "name"),
+        ({"name": ".."}, "name"),
         ({"batch_size": 1}, "batch_size"),
         ({"label_dropout": 0.2}, "label_dropout"),
         ({"negative_slope": 0.2, "activation": "relu"}, "negative_slope"),
