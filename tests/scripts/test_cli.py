@@ -224,6 +224,14 @@ def test_every_field_is_a_flag_that_knows_its_type(options_class):
         assert parsed_values == {field.name: expected}
 
 
+def test_sampler_options_tell_zero_from_not_given():
+    for script in ("generate", "evaluate"):
+        line = "--checkpoint a.pth --eta 0 --cfg_scale 0"
+        args = importlib.import_module(script).parse(line.split())
+        options = cli.sampler_options(args)
+        assert (options.eta, options.cfg_scale, options.steps) == (0, 0, None)
+
+
 # ---- errors and exit codes ----
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 from ddp.data import load_dataset
 from ddp.editing import EDITS
+from ddp.io.figures import grid
 from ddp.sampling import SAMPLERS, THRESHOLDS, sample
 from ddp.schedule import SPACINGS
 
@@ -208,6 +209,23 @@ def test_inpaint_keeps_what_is_not_masked(files, tmp_path):
     given = np.load(files["array"])
     assert (images[:, :4] == given[:, :4]).all()
     assert (images[:, 4:] != given[:, 4:]).any()
+
+
+@pytest.mark.parametrize(
+    "line", ["--image {array}", "--inpaint {array} --mask {mask}", "--interpolate {array}"]
+)
+def test_animation_of_an_edit_ends_in_its_samples(files, tmp_path, line):
+    flags = ["--checkpoint", files["run"], *line.format(**files).split(), "--steps", 6]
+    run("generate.py", *flags, "--format", "gif,grid,npz", "--out", "s", cwd=tmp_path)
+    images = read_arrays(tmp_path / "s" / "samples.npz")["images"]
+    columns = 8 if "--interpolate" in line else None
+    last = np.asarray(grid(images.transpose(0, 3, 1, 2), columns)).astype(float)  # (H, W, 3)
+    with Image.open(tmp_path / "s" / "process.gif") as animation:
+        assert animation.n_frames > 1
+        animation.seek(animation.n_frames - 1)
+        frame = np.asarray(animation.convert("RGB")).astype(float)
+    assert frame.shape == last.shape
+    assert np.abs(frame - last).mean() < 4  # a .gif has 256 colors
 
 
 def test_latents_of_a_reconstruction_give_it_back(files, tmp_path):
