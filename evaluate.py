@@ -14,7 +14,7 @@ from ddp.io.cli import add_flag, reject_if
 from ddp.io.device import select_device, set_tf32
 from ddp.io.files import atomic_dir, next_free_path, require_absent
 from ddp.metrics.candidate import EvaluateOptions, Reference, load_candidates
-from ddp.metrics.evaluate import evaluate, known_metrics, parse_metrics
+from ddp.metrics.evaluate import evaluate, known_metrics, metric_names, parse_metrics
 from ddp.metrics.report import candidate_figures, report_lines, write_report
 from ddp.options import SamplerOptions, image_size
 
@@ -33,7 +33,7 @@ def parse(arguments=None):
     add_flag(what, "checkpoint", metavar="PATH", help="a checkpoint that train.py wrote")
     add_flag(what, "samples", metavar="PATH", help="samples: .npz, .npy, a folder or a .zip")
     add_flag(what, "compare", nargs="+", metavar="PATH", help="several of either, side by side")
-    names = ",".join(known_metrics())
+    names = ", ".join(known_metrics())
     add_flag(group, "metrics", help=f"some of {names} (default: all that need no download)")
     add_flag(group, "dataset", help="what samples are of: a dataset, or a folder or .zip of images")
     add_flag(group, "image_size", type=image_size, help="size of images from a folder: N, or HxW")
@@ -79,6 +79,8 @@ def main(args):
         (args.compare and len(different) < max(2, len(paths)), "compare: give different paths"),
         (args.image_size and not args.dataset, "image_size is for a dataset of images"),
     )
+    if args.metrics:
+        metric_names(args.metrics)  # an unknown one is refused before anything is loaded
     out = next_free_path(first.with_name(f"{first.stem}-evaluation"))
     if args.out:
         out = require_absent(Path(args.out))

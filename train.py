@@ -20,7 +20,9 @@ from ddp.training import Trainer
 def parse(arguments=None):
     """Return the flags that were given; those of the hyper-parameters are made from Config."""
     parser = cli.make_parser(__doc__, argument_default=argparse.SUPPRESS)
-    add_flag(parser, "resume", metavar="PATH", help="a checkpoint or run to go on with, or auto")
+    add_flag(
+        parser, "resume", metavar="PATH", help="a checkpoint or run, or auto: the last, if any"
+    )
     add_flag(parser, "dry_run", action="store_true", help="one step, then diagnostics")
     add_flag(parser, "profile", action="store_true", help="show where the time of a step goes")
     cli.add_config_flags(parser, Config)
@@ -34,6 +36,8 @@ def main(args):
     resume = overrides.pop("resume", None)
     diagnostics = {name: overrides.pop(name, False) for name in ("dry_run", "profile")}
     config, folder, resume_path, checkpoint = resolve_run(overrides, resume)
+    if resume == "auto" and not checkpoint:
+        print("nothing to resume: a new run")
     device = select_device(config.device)
     select_precision(config.precision, device)  # refused before anything is downloaded
     dataset = load_dataset(**config.data_options(), progress=tqdm)

@@ -108,7 +108,11 @@ class Config:
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is no limit", at_least=0)
     grad_accumulation: int = flag(1, "batches in a step", at_least=1)
     noise_copies: int = flag(
-        None, "noisy copies of each item in a batch", int, at_least=1, at_most=64
+        None,
+        "noisy copies of each item in a batch (default: by dataset)",
+        int,
+        at_least=1,
+        at_most=64,
     )
     ema_decay: float = flag(0.999, "decay of the EMA weights", at_least=0, at_most=0.999999)
     seed: int = flag(0, "the run is a function of it", at_least=0, at_most=2**32 - 1)
@@ -128,20 +132,34 @@ class Config:
         1.0, "resolution ratio: shifts log-SNR by -2 log(shift)", at_least=1e-3, at_most=1e3
     )
     zero_terminal_snr: bool = flag(False, "make the last noise level noise alone")
-    noise_dist: str = flag(None, "distribution of training noise levels", str, NOISE_DISTS)
+    noise_dist: str = flag(
+        None, "distribution of training noise levels (default: by dataset)", str, NOISE_DISTS
+    )
     # the reverse network
     network: str = flag(None, "architecture (default: unet; mlp for points)", str, NETWORKS)
     channels_base: int = flag(
-        None, "channels of the first resolution", int, at_least=8, at_most=4096
+        None,
+        "channels of the first resolution (default: by dataset)",
+        int,
+        at_least=8,
+        at_most=4096,
     )
     blocks_per_level: int = flag(
-        None, "residual blocks in each resolution", int, at_least=1, at_most=64
+        None,
+        "residual blocks in each resolution (default: by dataset)",
+        int,
+        at_least=1,
+        at_most=64,
     )
     channel_mult: list = flag(
         None, "channels of each resolution, in units of channels_base", integers
     )
     patch_size: int = flag(
-        None, "side of the pixel squares folded into channels", int, at_least=1, at_most=64
+        None,
+        "side of the pixel squares folded into channels (default: by dataset)",
+        int,
+        at_least=1,
+        at_most=64,
     )
     attention_resolutions: list = flag([], "feature-map sizes with self-attention", integers)
     norm: str = flag("batch", "normalization", choices=NORMS)
@@ -153,7 +171,9 @@ class Config:
     label_dropout: float = flag(0.1, "dropout rate of labels, for CFG", at_least=0, at_most=1)
     # the objective
     prediction: str = flag("v", "what the network predicts", choices=PREDICTIONS)
-    weighting: str = flag(None, "weight of noise levels in the loss", str, WEIGHTINGS)
+    weighting: str = flag(
+        None, "weight of noise levels in the loss (default: by prediction)", str, WEIGHTINGS
+    )
     loss: str = flag("mse", "loss function", choices=LOSSES)
     # output
     name: str = flag(None, "name of the run (default: the dataset's)", str)

@@ -12,7 +12,7 @@ WEIGHTINGS = {
     "uniform": lambda log_snr: torch.ones_like(log_snr),  # plain MSE of x0
     "snr": lambda log_snr: log_snr.exp(),  # plain MSE of eps: DDPM, Ho et al. 2020, eq. 14
     "truncated_snr": lambda log_snr: log_snr.exp().clamp_min(1.0),  # Salimans & Ho 2022, section 4
-    "v": lambda log_snr: 1 + log_snr.exp(),  # plain MSE of v (the same)
+    "v": lambda log_snr: 1 + log_snr.exp(),  # plain MSE of v: Salimans & Ho 2022, section 4
     "flow": lambda log_snr: (1 + (log_snr / 2).exp()) ** 2,  # plain MSE of the flow's velocity
     "min_snr": lambda log_snr: log_snr.exp().clamp(max=5.0),  # Hang et al. 2023, eq. 7
     "p2": lambda log_snr: log_snr.sigmoid(),  # Choi et al. 2022, eq. 8, k = gamma = 1
@@ -71,7 +71,7 @@ def vlb_reconstruction(
     x0,  # (B, *event)
     x0_hat,  # (B, *event)
     log_snr,  # () or (B,), of the first step
-    discrete,  # x0 is uint8 pixels in [-1, 1], not a point with a density
+    discrete,  # x0 is pixels of 256 values from -1 to 1, not a point with a density
 ):
     """Return term 3, -log p(x0 | x_1) in nats, (B,).
 

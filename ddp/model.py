@@ -7,7 +7,7 @@ from torch import nn
 
 from ddp.forward import alpha_sigma
 from ddp.reverse import NETWORKS
-from ddp.schedule import Schedule
+from ddp.schedule import Schedule, lookup
 
 # What the network predicts: (alpha, sigma) -> c_skip, c_out of x0_hat = c_skip x_t + c_out F, where
 # F is the network's output. Salimans & Ho 2022, section 4 and appendix D; `flow` is the velocity
@@ -37,6 +37,7 @@ class DiffusionModel(nn.Module):
             event = getattr(network, "event", None)
         if event is None:
             raise ValueError("event=None: the network has no attribute `event`; give the shape")
+        lookup(PREDICTIONS, prediction, "prediction")  # raises when it is unknown
         self.event = tuple(event)
         self.schedule = schedule
         self.network = network

@@ -42,7 +42,7 @@ def uniform(schedule, u, per_log_snr=False):
 
 
 def lognormal(schedule, u, per_log_snr=False, *, mean, std, uniform_fraction):
-    """Draw log_snr from N(mean, std^2), so log-normally in sigma, and weigh the levels anew.
+    """Draw log_snr from N(mean, std^2): log-normally in sigma; the draw itself is the weighting.
 
     A fraction is drawn uniformly in t, so that no level stays untrained. The mean moves with the
     schedule's shift. EDM: Karras et al. 2022, table 1, whose P_mean and P_std are of log sigma."""
@@ -117,6 +117,8 @@ class NoiseDist:
     reaches_noise: bool = True  # draws the noisiest level, too
 
 
+# Before version 0.2 `lognormal` was called "normal" and `edm` "log_normal", though both are normal
+# in log_snr and log-normal in sigma: they differ in the mean, and in the uniform fraction.
 NOISE_DISTS = {
     "stratified": NoiseDist(stratified),
     "uniform": NoiseDist(uniform),

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from dataclasses import asdict, dataclass, fields
 
-from ddp.sampling import DEFAULT_SAMPLER, SAMPLERS, THRESHOLDS, default_steps
+from ddp.sampling import DEFAULT_SAMPLER, SAMPLERS, THRESHOLDS, check_options, default_steps
 from ddp.schedule import SPACINGS
 
 MAX_LIST = 8
@@ -113,19 +113,8 @@ class SamplerOptions:
         sampler = SAMPLERS[name]
         if self.eta is not None and not sampler.eta:
             raise ValueError(f"eta={self.eta}: sampler={name} takes none; it is for ddim")
-        if self.s_churn and not sampler.churn:
-            raise ValueError(f"s_churn={self.s_churn}: for sampler=heun or euler, not {name}")
         if self.threshold not in (None, "none") and not model.is_image:
             raise ValueError(f"threshold={self.threshold} is for images, not points")
-        if self.cfg_scale is not None and not guide and not model.has_null_label:
-            raise ValueError(
-                "cfg_scale needs a model trained with class_cond and label_dropout, "
-                "or guide_checkpoint"
-            )
-        if guide and (guide.event, guide.num_classes) != (model.event, model.num_classes):
-            raise ValueError(
-                f"guide_checkpoint={self.guide_checkpoint}: trained on other items or labels"
-            )
         options = asdict(self)
         del options["precision"], options["guide_checkpoint"]
         options["guide"] = guide
@@ -135,5 +124,6 @@ class SamplerOptions:
         options["threshold"] = self.threshold or ("static" if model.is_image else "none")
         if self.steps is None:
             options["steps"] = default_steps(name, model.schedule)
+        check_options(model, **options)
         model.schedule.sampling_grid(options["steps"])  # raises when they do not fit
         return options

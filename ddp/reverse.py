@@ -1,10 +1,10 @@
 """The reverse diffusion step network: it takes a noisy sample and its noise level.
 
 One residual block serves images and points: (conv or linear) -> BatchNorm -> FiLM by the noise
-level -> LeakyReLU -> Dropout -> (conv or linear) -> BatchNorm, added to a skip connection. The
-noise level enters after the normalization, which would cancel it before: a BatchNorm subtracts
-any offset that a whole channel has (arXiv 2405.14126). A BatchNorm follows its layer directly, so
-that it can be folded into it for inference.
+level -> LeakyReLU -> Dropout -> (conv or linear) -> BatchNorm, added to a skip connection, and a
+LeakyReLU. The noise level enters after the normalization, which would cancel it before: a
+BatchNorm subtracts any offset that a whole channel has (arXiv 2405.14126). A BatchNorm follows its
+layer directly, so that it can be folded into it for inference.
 
 A network of one's own is any nn.Module behind a function in NETWORKS; see there for the contract.
 """

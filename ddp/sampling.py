@@ -16,6 +16,7 @@ import torch
 
 from ddp.forward import alpha_sigma, expand, q_posterior, q_step
 from ddp.rng import normal
+from ddp.schedule import lookup
 
 
 def ddpm(x0_hat, x_t, log_snr_t, log_snr_s, *, noise, **_):
@@ -49,7 +50,7 @@ def ddim(x0_hat, x_t, log_snr_t, log_snr_s, *, noise=None, eta=0.0, **_):
 
 
 def heun(x0_hat, x_t, log_snr_t, log_snr_s, *, denoise, **_):
-    """Take Heun's second-order step, two NFE (EDM; Karras et al. 2022, algorithm 1, lines 6-11)."""
+    """Take Heun's second-order step, two NFE (EDM; Karras et al. 2022, algorithm 1)."""
     x_s = ddim(x0_hat, x_t, log_snr_t, log_snr_s)
     if log_snr_s.isinf() or log_snr_t.isinf():
         return x_s  # one NFE into the clean level
@@ -246,6 +247,23 @@ def default_steps(sampler, schedule):
     return min(steps, schedule.timesteps) if schedule.timesteps else steps
 
 
+def check_options(model, sampler, eta, s_churn, threshold, cfg_scale=None, guide=None, **_):
+    """Raise ValueError when a sampler or a model cannot do what is asked for."""
+    entry = lookup(SAMPLERS, sampler, "sampler")
+    lookup(THRESHOLDS, threshold, "threshold")
+    if eta and not entry.eta:
+        raise ValueError(f"eta={eta}: sampler={sampler} takes none; it is for ddim")
+    if s_churn and not entry.churn:
+        raise ValueError(f"s_churn={s_churn}: for sampler=heun or euler, not {sampler}")
+    if cfg_scale is not None and not guide and not model.has_null_label:
+        raise ValueError(
+            f"cfg_scale={cfg_scale} needs a model trained with class_cond and label_dropout, "
+            "or guide_checkpoint"
+        )
+    if guide and (guide.event, guide.num_classes) != (model.event, model.num_classes):
+        raise ValueError("guide_checkpoint: trained on other items or labels")
+
+
 @torch.no_grad()
 def sample_trajectory(
     model,
@@ -264,9 +282,16 @@ def sample_trajectory(
     project=None,  # as in sample_loop
     **guidance,  # cfg_scale, guidance_interval, guidance_rescale, guide: of make_denoiser
 ):
-    """Yield (log_snr, x_t, x0_hat) after every step from noise to data; the last x_t is x0."""
+    """Yield (log_snr, x_t, x0_hat) after every step from noise to data; the last x_t is x0.
+
+    Raises ValueError for options that do not fit, or a model in training mode."""
+    threshold = threshold or ("static" if model.is_image else "none")
+    check_options(model, sampler, eta, s_churn, threshold, **guidance)
+    if model.training:  # BatchNorm would mix the samples of a batch
+        raise ValueError("model.training is True; sample from model.eval() or for_inference()")
     indices = indices.to(model.device)
-    steps = steps or default_steps(sampler, model.schedule)
+    if steps is None:
+        steps = default_steps(sampler, model.schedule)
     if grid is None:
         grid = model.schedule.sampling_grid(steps, spacing or SAMPLERS[sampler].spacing)
     if x_t is None:
@@ -276,7 +301,6 @@ def sample_trajectory(
     def noise():
         return normal(seed, "sampler_noise", next(counter), indices, model.event)
 
-    threshold = threshold or ("static" if model.is_image else "none")
     denoise = make_denoiser(model, label, threshold, **guidance)
     s_churn = s_churn * (len(grid) - 1) / steps  # the same churn per step as on the full grid
     options = {"eta": eta} if SAMPLERS[sampler].eta else {}

@@ -2,7 +2,7 @@
 
 The process is variance preserving: x_t = alpha x0 + sigma eps, with alpha^2 + sigma^2 = 1. One
 number says how noisy x_t is: log_snr = log(alpha^2 / sigma^2), so that alpha^2 = sigmoid(log_snr)
-and sigma^2 = sigmoid(-log_snr). Only this module knows about t, T (`timesteps`) and betas.
+and sigma^2 = sigmoid(-log_snr). Betas, T (`timesteps`) and what they mean stay in this module.
 """
 
 import math
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# Continuous time covers the interval of a table of 1000 steps. At t = 0 and t = 1 themselves a
-# schedule reaches log_snr = +inf and -inf, where neither training nor the VLB is defined.
+# Continuous time keeps this distance from t = 0 and t = 1. There a schedule reaches log_snr = +inf
+# and -inf, where neither training nor the VLB is defined.
 TIME_MARGIN = 1e-3
 MAX_BETA = 0.999  # no single step may destroy everything: Nichol & Dhariwal 2021, section 3.2
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # EDM, of sigma / alpha: Karras et al. 2022, table 1
@@ -38,7 +38,9 @@ def scaled_linear(t, first=0.85**0.5, last=12.0**0.5):
 
 
 def cosine(t, offset=0.008):
-    """Return the cosine schedule, alpha^2 = f(t)^2 / f(0)^2 (Nichol & Dhariwal 2021, eq. 17)."""
+    """Return the cosine schedule, alpha^2 = f(t) / f(0) with f = cos^2.
+
+    Nichol & Dhariwal 2021, eq. 17."""
     angle = (t + offset) / (1 + offset) * math.pi / 2
     angle_at_0 = offset / (1 + offset) * math.pi / 2
     return torch.logit((torch.cos(angle) / math.cos(angle_at_0)) ** 2)
@@ -122,6 +124,13 @@ class MonotoneNetwork(nn.Module):
         return torch.sigmoid(2 * (t[..., None] * self.units - centers)) @ weights
 
 
+def lookup(table, name, what):
+    """Return table[name]; raise ValueError, naming the choices, when it is not there."""
+    if name not in table:
+        raise ValueError(f"{what}={name!r} is unknown; choose from {', '.join(table)}")
+    return table[name]
+
+
 @dataclass(frozen=True)
 class ScheduleEntry:
     log_snr: Callable  # t in [0, 1] -> log_snr, in continuous time; or the class of a trained one
@@ -155,11 +164,9 @@ class Schedule(nn.Module):
         zero_terminal_snr=False,  # make the last level noise alone
     ):
         super().__init__()
-        if name not in SCHEDULES:
-            raise ValueError(f"schedule={name!r} is unknown; choose from {', '.join(SCHEDULES)}")
+        entry = lookup(SCHEDULES, name, "schedule")
         if timesteps < 0:
             raise ValueError(f"timesteps={timesteps} is negative; use 0 for continuous time")
-        entry = SCHEDULES[name]
         if entry.trained and timesteps:
             raise ValueError(f"schedule={name} is continuous; give timesteps=0")
         self.name = name
@@ -226,7 +233,9 @@ class Schedule(nn.Module):
                 f"steps={steps} is more than timesteps={self.timesteps}; "
                 f"use at most {self.timesteps}"
             )
-        levels = SPACINGS[spacing](self, steps)  # (steps,), from the noisiest level
+        levels = lookup(SPACINGS, spacing, "spacing")(
+            self, steps
+        )  # (steps,), from the noisiest level
         return F.pad(levels.cpu(), (0, 1), value=math.inf)  # the clean level comes last
 
 

@@ -181,7 +181,7 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         params = list(self.model.network.parameters())
         grad_norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        if self.config.grad_clip:  # a limit of inf would make NaN of a norm of inf
+        if self.config.grad_clip:  # 0 is no limit
             nn.utils.clip_grads_with_norm_(params, self.config.grad_clip, grad_norm)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)

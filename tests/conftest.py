@@ -34,3 +34,11 @@ def small_bn_batches(monkeypatch):
     monkeypatch.setattr("ddp.training.BN_BATCHES", 2)
     monkeypatch.setattr("ddp.training.BN_BATCH_IMAGES", 32)
     monkeypatch.setattr("ddp.training.BN_BATCH_POINTS", 64)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test begins with the same state of PyTorch's generator, whatever ran before it."""
+    import torch
+
+    torch.manual_seed(0)

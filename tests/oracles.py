@@ -140,6 +140,8 @@ class GaussianMixture:
 class OracleModel:
     """Stands in for a DiffusionModel whose network has learned `data` perfectly."""
 
+    training = False
+
     def __init__(
         self,
         data,  # one of the classes above, or anything with event and denoise

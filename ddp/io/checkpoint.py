@@ -20,7 +20,6 @@ import ddp
 from ddp.config import OLD_NAMES, OLD_VALUES, Config
 from ddp.io.files import atomic_write
 from ddp.model import build_model
-from ddp.reverse import NETWORKS
 
 FORMAT = 2
 INFERENCE_KEYS = {  # what sampling and evaluation need
@@ -190,16 +189,13 @@ def upgrade(state):
 
 def parse_config(state, path):
     """Return a checkpoint's Config. Raises OSError when it has what this version does not know."""
-    network = state["config"].get("network")
-    if isinstance(network, str) and network not in NETWORKS:
-        raise OSError(
-            f"{path} needs network={network}, which is not registered; "
-            "give plugin=FILE, the file that registers it, or import it first"
-        )
     try:
         return Config(**state["config"])
     except (TypeError, ValueError) as error:
-        raise OSError(f"{path} has a config that cannot be used: {error}") from None
+        hint = ""
+        if "expected one of" in str(error):
+            hint = "; if a plugin registers it, give plugin=FILE, or import that file first"
+        raise OSError(f"{path} has a config that cannot be used: {error}{hint}") from None
 
 
 @contextlib.contextmanager

@@ -37,15 +37,18 @@ def make_parser(description, **options):
     )
 
 
-def add_flag(parser, name, alias=None, **options):
+def add_flag(parser, name, alias=None, alias_type=None, **options):
     """Add --name_of_flag; --name-of-flag and the name of before version 0.2 do the same, hidden."""
+    if "choices" not in options and "action" not in options:
+        options.setdefault("metavar", METAVARS.get(options.get("type"), "TEXT"))
     parser.add_argument(f"--{name}", **options)
     hidden = options | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
     hidden.pop("required", None)
-    spellings = {name.replace("_", "-")}
-    if alias:
-        spellings |= {alias, alias.replace("_", "-")}
-    for spelling in sorted(spellings - {name}):
+    if "_" in name:
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **hidden)
+    if alias_type:
+        hidden["type"] = alias_type
+    for spelling in sorted({alias, alias.replace("_", "-")}) if alias else ():
         parser.add_argument(f"--{spelling}", dest=name, **hidden)
 
 
@@ -61,7 +64,14 @@ def add_config_flags(parser, config_class, title=None):
     for field in dataclasses.fields(config_class):
         if not title and field.name in TOPICS:
             group = parser.add_argument_group(TOPICS[field.name])
-        add_flag(group, field.name, NEW_NAMES.get(field.name), **argparse_options(field))
+        options = argparse_options(field)
+        alias = NEW_NAMES.get(field.name)
+        reader = None
+        if field.name in OLD_VALUES:
+            reader = old_value_reader(OLD_VALUES[field.name])
+            if not alias:  # a flag that kept its name; else the old values go with the old name
+                options["type"] = reader
+        add_flag(group, field.name, alias, reader, **options)
 
 
 def argparse_options(field):
@@ -78,9 +88,6 @@ def argparse_options(field):
     if count > 1:
         options["nargs"] = count
     metavar = None if choices else METAVARS.get(kind, "TEXT")
-    old_values = OLD_VALUES.get(field.name)
-    if old_values:
-        kind = old_value_reader(old_values)
     return options | {"type": kind, "choices": choices, "metavar": metavar}
 
 
@@ -185,8 +192,10 @@ class GracefulStop:
 def load_plugins(arguments=None):
     """Run the files given by --plugin, so that what they register can be chosen by a flag."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--plugin", action="append", default=[])
+    parser.add_argument("--plugin", action="append", nargs="?", default=[])
     for path in parser.parse_known_args(arguments)[0].plugin:
+        if path is None:
+            continue  # the script's own parser will say that a value is missing
         if not os.path.isfile(path):
             raise ValueError(f"plugin={path}: there is no such file")
         try:

@@ -73,7 +73,7 @@ def read_edit_inputs(model, options, steps, seed, name, path, mask=None, **given
 def grid_options(name, mc_dropout=None):
     """Return how SampleWriter shows the samples of an edit: titles, or the number of columns."""
     if mc_dropout:
-        return {"titles": (f"mean of {mc_dropout}", "std: white is 0.5 or more")}
+        return {"titles": (f"mean of {mc_dropout}", "std (white: 0.5)")}
     if name == "interpolate":
         return {"columns": FRAMES}
     return {"titles": (EDITS[name].title, "given")} if name and EDITS[name].title else {}

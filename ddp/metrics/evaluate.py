@@ -90,6 +90,16 @@ def known_metrics():
     return METRICS | {space: feature_space_metric(space) for space in added}
 
 
+def metric_names(text):
+    """Return the names in "vlb,pixels". Raises ValueError for one that is unknown."""
+    words = [word.strip() for word in text.split(",")]
+    names = [OLD_METRICS.get(word, word) for word in words]
+    for name in names:
+        if name not in known_metrics():
+            raise ValueError(f"metrics={name}: expected some of {', '.join(known_metrics())}")
+    return names
+
+
 def parse_metrics(text, is_image, has_model):
     """The names in "vlb,pixels", in the order of METRICS; of None all that apply by default."""
     kind = "image" if is_image else "point"  # of Metric.kinds
@@ -97,11 +107,8 @@ def parse_metrics(text, is_image, has_model):
     if text is None:
         fit = [name for name, metric in known.items() if metric.by_default and kind in metric.kinds]
         return [name for name in fit if has_model or not known[name].needs_model]
-    words = [word.strip() for word in text.split(",")]
-    names = [OLD_METRICS.get(word, word) for word in words]
+    names = metric_names(text)
     for name in names:
-        if name not in known:
-            raise ValueError(f"metrics={name}: expected some of {','.join(known)}")
         if kind not in known[name].kinds:
             raise ValueError(f"metrics={name} is for {known[name].kinds[0]}s, not for this data")
         if known[name].needs_model and not has_model:

@@ -349,3 +349,32 @@ def test_an_entry_that_was_removed_is_unknown():
     for field in ("sampler", "spacing", "threshold"):
         with pytest.raises(ValueError, match=field):
             SamplerOptions(**{field: "noisier"})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sampler": "nonsense"}, "sampler"),
+        ({"spacing": "nonsense"}, "spacing"),
+        ({"threshold": "nonsense"}, "threshold"),
+        ({"eta": 1.0}, "eta"),  # of unipc
+        ({"s_churn": 1.0}, "s_churn"),
+        ({"cfg_scale": 3.0}, "cfg_scale"),  # without a null label
+        ({"steps": 0}, "steps"),
+    ],
+)
+def test_sample_refuses_what_the_command_line_refuses(options, named):
+    model = tiny_trainer(random_points()).recalibrated_ema()
+    with pytest.raises(ValueError, match=named):
+        sample(model, torch.arange(2), **options)
+
+
+def test_sample_refuses_a_model_in_training_mode():
+    trainer = tiny_trainer(random_points())
+    with pytest.raises(ValueError, match="training"):
+        sample(trainer.model.train(), torch.arange(2))
+
+
+def test_model_refuses_an_unknown_prediction():
+    with pytest.raises(ValueError, match="prediction"):
+        DiffusionModel(Schedule(), nn.Identity(), prediction="nonsense", event=(2,))

@@ -147,7 +147,7 @@ def test_batchnorm_follows_its_layer_so_that_it_folds(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_scale_invariant_weights_are_scale_invariant(name, norm):
     """In training mode twice the weight is the same function; Muon relies on it."""
-    network = build(name, norm=norm, channels_base=64, init="default").train()
+    network = build(name, norm=norm, channels_base=128, init="default").train()
     weights = network.scale_invariant_weights()
     assert len(weights) == (0 if norm == "none" else 2 * len(blocks_of(network)))
     before = network(*inputs(EVENTS[name], 32))

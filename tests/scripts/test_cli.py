@@ -120,6 +120,22 @@ def test_flags_may_be_written_with_hyphens(script, line):
     assert parsed(script, with_hyphens) == parsed(script, line)
 
 
+@pytest.mark.parametrize("name", ["normal", "log_normal"])
+def test_old_noise_dist_goes_with_its_old_flag_only(name, tmp_path):
+    """Today's `lognormal` is the `normal` of old: one underscore must not change the meaning."""
+    assert "noise_dist" in refused("train.py", "--noise_dist", name, cwd=tmp_path)
+
+
+def test_unknown_metric_is_refused_before_anything_is_loaded(tmp_path):
+    line = refused("evaluate.py", "--checkpoint", "none.pth", "--metrics", "foo", cwd=tmp_path)
+    assert "metrics=foo" in line
+
+
+def test_nothing_to_resume_is_said(tmp_path):
+    out = run("train.py", *SHORT, "--resume", "auto", cwd=tmp_path)
+    assert "nothing to resume" in out
+
+
 OLD_TRAIN_FLAGS = {
     "--levels normal": "--noise_dist lognormal",
     "--levels log_normal": "--noise_dist edm",

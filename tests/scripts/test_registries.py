@@ -265,7 +265,7 @@ def test_train_uses_what_a_plugin_adds(own):
 def test_resume_needs_the_plugin_and_goes_on_with_it(own, tmp_path, used):
     flags = ["--resume", own.checkpoint, "--out_dir", "o", "--max_steps", 5]
     line = refused("train.py", *flags, cwd=tmp_path, code=1)
-    assert "network=own_network" in line
+    assert "plugin=FILE" in line
     run("train.py", *flags, "--plugin", own.plugin, cwd=tmp_path)
     assert read_checkpoint(tmp_path / "o" / "own_dataset" / "last.pth")["step"] == 5
 
@@ -326,7 +326,7 @@ def test_checkpoint_with_a_network_of_a_plugin_fails_in_a_line_without_it(own, t
         assert result.code == 1
         (line,) = result.err.splitlines()
         assert str(own.checkpoint) in line
-        assert "network=own_network" in line
+        assert "plugin=FILE" in line
 
 
 def test_checkpoint_with_a_schedule_of_a_plugin_fails_in_a_line_without_it(own, tmp_path):
