@@ -127,3 +127,12 @@ def test_recipes_of_evaluation(bars, plugin):
     (subject,) = json.loads(written)["subjects"]
     assert subject["row_means"]["mean_distance"]["samples"]["error"] > 0
     assert 0 <= subject["brightness"]["mean"]["samples"]["value"] <= 255
+
+
+def test_readmes_python_runs(tmp_path):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    assert len(code.splitlines()) <= 12
+    assert "max_steps=1000" in code
+    file = tmp_path / "readme.py"
+    file.write_text(code.replace("max_steps=1000", "max_steps=5") + "\nprint(x0_hat.shape)")
+    assert "[1000, 2]" in execute(file, cwd=tmp_path)
