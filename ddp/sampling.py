@@ -132,7 +132,7 @@ SAMPLERS = {
 DEFAULT_SAMPLER = "unipc"
 
 
-# ---- wrappers around a denoiser, (x_t, log_snr ()) -> x0_hat: thresholding, CFG, autoguidance ----
+# ---- the denoiser, (x_t, log_snr ()) -> x0_hat: thresholding, CFG, autoguidance ----
 
 
 def clip_static(x0_hat):
@@ -152,27 +152,18 @@ def clip_dynamic(x0_hat, quantile=0.995):
 THRESHOLDS = {"static": clip_static, "dynamic": clip_dynamic, "none": lambda x0_hat: x0_hat}
 
 
-def with_guidance(denoise, weak, cfg_scale, interval=(-math.inf, math.inf), rescale=0.0):
-    """Return a denoiser whose x0_hat is pushed away from that of a weaker one.
+def guide_x0(x0_hat, x0_weak, cfg_scale, rescale=0.0):
+    """Push x0_hat away from the estimate of a weaker denoiser, both (B, *event).
 
-    `weak` is the network without its label (CFG; Ho & Salimans 2022, eq. 6, whose w is
-    cfg_scale - 1; x0_hat and eps_hat differ by a linear map) or a worse network (autoguidance;
-    Karras et al. 2024, eq. 2). It is asked only within `interval`, two log_snr (Kynkäänniemi et al.
-    2024). rescale: how far each item's std is brought back to that of x0_hat, 0 to 1 (Lin et al.
+    That is the network without its label (CFG; Ho & Salimans 2022, eq. 6, whose w is cfg_scale - 1;
+    x0_hat and eps_hat differ by a linear map) or a worse network (autoguidance; Karras et al. 2024,
+    eq. 2). rescale: how far each item's std is brought back to that of x0_hat, 0 to 1 (Lin et al.
     2024, eqs. 15-16)."""
-
-    def denoise_guided(x_t, log_snr):
-        x0_hat = denoise(x_t, log_snr)
-        if not interval[0] <= log_snr <= interval[1]:
-            return x0_hat
-        x0_weak = weak(x_t, log_snr)
-        x0_guided = x0_weak + cfg_scale * (x0_hat - x0_weak)  # CFG
-        if rescale:
-            std_ratio = x0_hat.flatten(1).std(dim=1) / x0_guided.flatten(1).std(dim=1)  # (B,)
-            x0_guided = x0_guided * expand(1 + rescale * (std_ratio - 1), x0_guided)
-        return x0_guided
-
-    return denoise_guided
+    x0_guided = x0_weak + cfg_scale * (x0_hat - x0_weak)  # CFG
+    if rescale:
+        std_ratio = x0_hat.flatten(1).std(dim=1) / x0_guided.flatten(1).std(dim=1)  # (B,)
+        x0_guided = x0_guided * expand(1 + rescale * (std_ratio - 1), x0_guided)
+    return x0_guided
 
 
 def make_denoiser(
@@ -180,23 +171,21 @@ def make_denoiser(
     label=None,  # (B,) on the model's device, or None
     threshold="static",  # a key of THRESHOLDS
     cfg_scale=None,  # None: no guidance
-    guidance_interval=None,  # (low, high) log_snr
+    guidance_interval=None,  # (low, high) log_snr between which to guide (Kynkäänniemi et al. 2024)
     guidance_rescale=0.0,
     guide=None,  # a weaker model; None: the model itself without its label
 ):
     """Return the model's denoiser, (x_t, log_snr ()) -> x0_hat, guided and thresholded."""
+    low, high = guidance_interval or (-math.inf, math.inf)
 
     def denoise(x_t, log_snr):
-        return model.denoise(x_t, log_snr, label)
+        x0_hat = model.denoise(x_t, log_snr, label)
+        if cfg_scale is not None and low <= log_snr <= high:
+            x0_weak = guide.denoise(x_t, log_snr, label) if guide else model.denoise(x_t, log_snr)
+            x0_hat = guide_x0(x0_hat, x0_weak, cfg_scale, guidance_rescale)
+        return THRESHOLDS[threshold](x0_hat)
 
-    def weak(x_t, log_snr):
-        return guide.denoise(x_t, log_snr, label) if guide else model.denoise(x_t, log_snr)
-
-    guided = denoise
-    if cfg_scale is not None:
-        interval = guidance_interval or (-math.inf, math.inf)
-        guided = with_guidance(denoise, weak, cfg_scale, interval, guidance_rescale)
-    return lambda x_t, log_snr: THRESHOLDS[threshold](guided(x_t, log_snr))
+    return denoise
 
 
 # ---- the loop ----

@@ -24,11 +24,11 @@ from ddp.sampling import (
     ddim,
     ddpm,
     default_steps,
+    guide_x0,
     make_denoiser,
     sample,
     sample_loop,
     sample_trajectory,
-    with_guidance,
 )
 from ddp.schedule import SPACINGS, Schedule
 
@@ -491,56 +491,56 @@ def test_multistep_samplers_start_anew_where_the_levels_fall(sampler):
 
 @pytest.fixture
 def strong_and_weak():
-    """Return two denoisers, x_t and a level."""
+    """Return the estimates of two denoisers, x_t and a level."""
     strong, weak, x_t = start(3)[1].unbind()
-    return (lambda *_: strong), (lambda *_: weak), x_t, torch.tensor(0.7, **DOUBLE)
+    return strong, weak, x_t, torch.tensor(0.7, **DOUBLE)
 
 
 def test_guidance_of_x0_is_guidance_of_eps(strong_and_weak):
     """Ho & Salimans 2022, eq. 6: (1 + w) eps(c) - w eps."""
     strong, weak, x_t, log_snr = strong_and_weak
     alpha, sigma = alpha_sigma(log_snr, x_t)
-    eps = (x_t - alpha * strong()) / sigma
-    eps_weak = (x_t - alpha * weak()) / sigma
+    eps = (x_t - alpha * strong) / sigma
+    eps_weak = (x_t - alpha * weak) / sigma
     eps_guided = (1 + 1.5) * eps - 1.5 * eps_weak
-    x0_hat = with_guidance(strong, weak, 2.5)(x_t, log_snr)
+    x0_hat = guide_x0(strong, weak, 2.5)
     torch.testing.assert_close(x0_hat, (x_t - sigma * eps_guided) / alpha)
 
 
 def test_guidance_of_zero_is_the_weak_network(strong_and_weak):
-    strong, weak, x_t, log_snr = strong_and_weak
-    assert torch.equal(with_guidance(strong, weak, 0.0)(x_t, log_snr), weak())
+    strong, weak, _, _ = strong_and_weak
+    assert torch.equal(guide_x0(strong, weak, 0.0), weak)
 
 
 def test_guidance_of_one_is_none(strong_and_weak):
-    strong, weak, x_t, log_snr = strong_and_weak
-    torch.testing.assert_close(with_guidance(strong, weak, 1.0)(x_t, log_snr), strong())
+    strong, weak, _, _ = strong_and_weak
+    torch.testing.assert_close(guide_x0(strong, weak, 1.0), strong)
 
 
 def test_weak_network_is_asked_only_within_the_interval(strong_and_weak):
     strong, _, x_t, log_snr = strong_and_weak
 
-    def never(*_):
-        raise AssertionError
+    class Model:
+        def denoise(self, x_t, log_snr, label=None):
+            assert label is not None, "the weak network was asked"
+            return strong
 
     for interval in ((1.0, 2.0), (-2.0, 0.5)):
-        assert torch.equal(with_guidance(strong, never, 3.0, interval)(x_t, log_snr), strong())
-    with pytest.raises(AssertionError):
-        with_guidance(strong, never, 3.0, (0.0, math.inf))(x_t, log_snr)
+        denoise = make_denoiser(Model(), "label", "none", 3.0, interval)
+        assert torch.equal(denoise(x_t, log_snr), strong)
+    with pytest.raises(AssertionError, match="weak"):
+        make_denoiser(Model(), "label", "none", 3.0, (0.0, math.inf))(x_t, log_snr)
 
 
 @pytest.mark.parametrize("rescale", [0.3, 0.7, 1.0])
 def test_guidance_rescale_is_that_of_its_paper(strong_and_weak, rescale):
     """Lin et al. 2024, section 3.4, as in their pseudocode."""
-    strong, weak, x_t, log_snr = strong_and_weak
-    pos = strong()
-    neg = weak()
+    pos, neg, _, _ = strong_and_weak
     cfg = neg + 4.0 * (pos - neg)
     std_pos = pos.std([1, 2, 3], keepdim=True)
     std_cfg = cfg.std([1, 2, 3], keepdim=True)
     factor = rescale * (std_pos / std_cfg) + (1 - rescale)
-    x0_hat = with_guidance(strong, weak, 4.0, rescale=rescale)(x_t, log_snr)
-    torch.testing.assert_close(x0_hat, cfg * factor)
+    torch.testing.assert_close(guide_x0(pos, neg, 4.0, rescale), cfg * factor)
 
 
 def test_make_denoiser_guides_by_the_null_label_or_by_a_guide():
