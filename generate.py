@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ddp.data import load_dataset, to_pixels
 from ddp.editing import EDITS, dropout_layers, edited_samples, sample_mc_dropout
 from ddp.io import cli
-from ddp.io.checkpoint import load_model
+from ddp.io.checkpoint import load_guide, load_model
 from ddp.io.cli import add_flag
 from ddp.io.device import sampling_dtype, select_device, set_tf32
 from ddp.io.edit_inputs import DEFAULT_COUNT, check_edit, grid_options, read_edit_inputs
@@ -48,9 +48,7 @@ def main(args):
     model, config, checkpoint = load_model(args.checkpoint, args.weights, device)
     dtype = sampling_dtype(sampler.precision, config.precision, device)
     model = model.for_inference(dtype)
-    guide = None
-    if sampler.guide_checkpoint:
-        guide = load_model(sampler.guide_checkpoint, "ema", device)[0].for_inference(dtype)
+    guide = load_guide(sampler.guide_checkpoint, device, dtype)
     options = sampler.resolve(model, guide)
     labels = cli.parse_labels(args.label, model, checkpoint["classes"])
     if edit["path"] and labels is None and model.num_classes and not model.has_null_label:

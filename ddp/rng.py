@@ -31,7 +31,7 @@ STREAMS = {
     "dequant_normal": 18,
     "hutchinson": 19,  # random signs of a trace estimate (uniform)
     "loss_eps": 20,  # loss by noise level; counter: the level's number
-    "benchmark": 21,
+    "benchmark": 21,  # (uniform)
 }
 MASK32 = 0xFFFFFFFF
 

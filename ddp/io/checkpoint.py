@@ -239,6 +239,11 @@ def load_model(path, weights="ema", device="cpu"):
     return model.to(device).eval().requires_grad_(False), config, state
 
 
+def load_guide(path, device, dtype):
+    """Return the model to guide away from (autoguidance), ready for inference; None for None."""
+    return load_model(path, "ema", device)[0].for_inference(dtype) if path else None
+
+
 def restore(trainer, state):
     """Go on from a checkpoint's dict. Raises OSError when it has other data, or does not fit."""
     theirs = state["provenance"].get("fingerprint")  # None in a file that lacks it

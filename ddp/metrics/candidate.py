@@ -10,7 +10,7 @@ import torch
 from ddp.config import Config
 from ddp.data import load_dataset, permutation, to_float, to_pixels
 from ddp.data.arrays import load_samples
-from ddp.io.checkpoint import load_model
+from ddp.io.checkpoint import load_guide, load_model
 from ddp.io.device import sampling_dtype
 from ddp.model import DiffusionModel
 from ddp.options import SamplerOptions, check_fields, flag
@@ -107,9 +107,7 @@ def checkpoint_candidate(path, name=None, sampling=None, weights="ema", device="
     device = torch.device(device)
     model, config, state = load_model(path, weights, device)
     dtype = sampling_dtype(sampling.precision, config.precision, device)  # of samples only
-    guide = None
-    if sampling.guide_checkpoint:
-        guide = load_model(sampling.guide_checkpoint, "ema", device)[0].for_inference(dtype)
+    guide = load_guide(sampling.guide_checkpoint, device, dtype)
     options = sampling.resolve(model, guide)  # keyword arguments of sample
     about = {
         "checkpoint": str(Path(path).resolve()),

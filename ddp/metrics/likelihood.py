@@ -35,7 +35,7 @@ def vlb(
     seed=0,
     mc_samples=8,  # noise levels for each item
     label=None,
-    discrete=True,  # x0 is uint8 pixels in [-1, 1], not a point with a density
+    discrete=True,  # x0 is pixels of 256 values from -1 to 1, not a point with a density
     time="continuous",  # "discrete": the sum over steps; "continuous": the integral
     first=0,  # number of the first Monte Carlo sample: others give independent estimates
 ):
