@@ -1,9 +1,11 @@
 """Datasets by name, and folders of images, as one kind of object: a Dataset."""
 
+import os
 from functools import partial
 from pathlib import Path
 
 from ddp.data.dataset import Dataset, permutation, to_float, to_pixels
+from ddp.data.files import printable
 from ddp.data.folder import load_folder
 from ddp.data.toy import TOYS, load_toy
 from ddp.data.vision import load_cifar10, load_digits, load_mnist
@@ -39,20 +41,20 @@ def load_dataset(
         for option, value in options.items():
             if value is not None:
                 raise ValueError(f"omit {option}={value}: it is for folders, not dataset={name}")
+        data_dir = os.path.expanduser(data_dir)
         return DATASETS[name](data_dir=data_dir, seed=seed, progress=progress)
-    paths = [Path(name)]
-    if Path(name).is_absolute():  # as a checkpoint remembers it; it may have moved to data_dir
-        paths += [Path(data_dir, Path(name).name), Path(data_dir)]
-    for path in paths:
-        if path.exists():
-            return load_folder(path, **options)
-    raise ValueError(
-        f"dataset={name} is neither a known dataset ({', '.join(DATASETS)}) nor a folder or "
-        ".zip of images; if it has moved, set data_dir to where it is"
-    )
+    path = Path(os.path.expanduser(name))
+    if not name or not os.path.exists(path):
+        known = ", ".join(DATASETS)
+        raise ValueError(
+            f"dataset={printable(name)} is neither a known dataset ({known}) nor a folder or .zip "
+            "of images that is there"
+        )
+    return load_folder(path, **options)
 
 
 def resolve_name(name):
     """A name of DATASETS as it is, the path of a folder or .zip made absolute."""
-    is_path = name and name not in DATASETS and Path(name).exists()
-    return str(Path(name).resolve()) if is_path else name
+    path = os.path.expanduser(name or "")
+    is_path = name and name not in DATASETS and os.path.exists(path)
+    return str(Path(path).resolve()) if is_path else name

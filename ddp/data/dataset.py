@@ -7,10 +7,15 @@ import hashlib
 import numpy as np
 import torch
 
+VAL_FRACTION, MAX_VAL_ITEMS = 0.1, 5000  # of the training items, where there are enough
+MIN_ITEMS_FOR_VAL = 2000
+
 
 @dataclasses.dataclass
 class Dataset:
-    """Training and test items, with their labels if there are any."""
+    """Items to train on, to choose on and to report on, with their labels if there are any.
+
+    The model with the least loss on `val` is the best one; figures are reported of `test`."""
 
     name: str
     train: torch.Tensor  # (N, C, H, W) uint8 images, or (N, 2) float32 standardized points
@@ -20,6 +25,8 @@ class Dataset:
     classes: list = dataclasses.field(default_factory=list)  # names, in the order of the labels
     summary: list = dataclasses.field(default_factory=list)  # lines of text for the user
     log_density: object = None  # (B, 2) -> (B,) float64 in nats, where it is known
+    val: torch.Tensor | None = None  # (V, *event); None: the test items are chosen on, too
+    val_labels: torch.Tensor | None = None  # (V,) int64
 
     @property
     def event(self):
@@ -33,7 +40,9 @@ class Dataset:
     @functools.cached_property
     def fingerprint(self):
         """16 hex digits that tell this dataset, split and order included, from any other."""
-        parts = (self.train, self.test, self.train_labels, self.test_labels)
+        parts = [self.train, self.test, self.train_labels, self.test_labels]
+        if self.val is not None:
+            parts += [self.val, self.val_labels]
         shapes = [None if part is None else tuple(part.shape) for part in parts]
         return digest([part for part in parts if part is not None], header=repr(shapes))
 
@@ -41,7 +50,12 @@ class Dataset:
         """Lines of text that say what was loaded."""
         shape = "x".join(map(str, self.event))
         counts = f"{len(self.train):,} train and {len(self.test):,} test items"
-        return [*self.summary, f"data: {self.name}, {counts}, {shape}"]
+        remark = "; without validation items, best.pth is chosen on test items"
+        if self.val is not None:
+            counts = f"{len(self.train):,} train, {len(self.val):,} validation and "
+            counts += f"{len(self.test):,} test items"
+            remark = ""
+        return [*self.summary, f"data: {self.name}, {counts}, {shape}{remark}"]
 
     def to(self, device):
         """A copy whose training items lie on the device; all else stays where it is."""
@@ -66,6 +80,63 @@ class Dataset:
         label = None if self.test_labels is None else self.test_labels[indices]
         return to_float(self.test[indices]), label
 
+    @property
+    def selection_split(self):
+        """The split that the best model is chosen on: "val" or, where there is none, "test"."""
+        return "test" if self.val is None else "val"
+
+    @property
+    def num_selection(self):
+        return len(getattr(self, self.selection_split))
+
+    def selection_items(self, indices):
+        """Return items `indices` (B,) to choose on: x0 (B, *event) float32, label (B,) or None.
+
+        They are numbered at random, always alike, so that the first hundred of a set that is
+        sorted by class are of all classes."""
+        items = permutation(0, 0, self.num_selection)[indices]
+        labels = getattr(self, f"{self.selection_split}_labels")
+        label = None if labels is None else labels[items]
+        return to_float(getattr(self, self.selection_split)[items]), label
+
+
+def hold_out_val(dataset):
+    """The dataset with some of its training items as `val`, see val_mask, unless it has `val`."""
+    labels = dataset.train_labels
+    is_val = val_mask(
+        len(dataset.train), labels, labels is not None and dataset.test_labels is None
+    )
+    if dataset.val is not None or not is_val.any():
+        return dataset
+    parts = {"train": dataset.train[~is_val], "val": dataset.train[is_val]}
+    if labels is not None:
+        parts |= {"train_labels": labels[~is_val], "val_labels": labels[is_val]}
+    return dataclasses.replace(dataset, **parts)
+
+
+def val_mask(count, labels=None, required=False):
+    """Which of `count` training items are for validation, (count,) bool: always the same.
+
+    None where there are fewer than MIN_ITEMS_FOR_VAL, unless a validation set is required."""
+    size = min(MAX_VAL_ITEMS, max(int(count * VAL_FRACTION), 1))
+    enough = count >= MIN_ITEMS_FOR_VAL or required
+    return held_out(permutation(0, 0, count), size if enough else 0, labels)
+
+
+def held_out(order, size, labels=None):
+    """A mask (N,) of the first `size` items of an order (N,), such that no class loses its last.
+
+    labels: (N,) int64 or None. Fewer are held out where the classes can spare no more."""
+    mask = torch.zeros(len(order), dtype=torch.bool)
+    if labels is not None:
+        # of each class the item that comes last in the order stays
+        _, last = np.unique(labels[order.flip(0)].numpy(), return_index=True)
+        keep = torch.ones(len(order), dtype=torch.bool)
+        keep[len(order) - 1 - torch.from_numpy(last)] = False
+        order = order[keep]
+    mask[order[:size]] = True
+    return mask
+
 
 @functools.lru_cache(maxsize=2)  # a batch takes items of one epoch or two
 def permutation(seed, epoch, count):
@@ -76,12 +147,14 @@ def permutation(seed, epoch, count):
 
 def to_float(items):
     """Pixels 0 to 255 (uint8) as float32 in [-1, 1]; points stay as they are."""
-    return items.float() / 127.5 - 1 if items.dtype == torch.uint8 else items
+    return items.float().div_(127.5).sub_(1) if items.dtype == torch.uint8 else items
 
 
 def to_pixels(x0):
     """Images (B, C, H, W) in [-1, 1] as the nearest uint8 pixels; points stay as they are."""
-    return ((x0.float().clamp(-1, 1) + 1) * 127.5).round().byte() if x0.ndim == 4 else x0
+    if x0.ndim != 4:
+        return x0
+    return x0.float().clamp(-1, 1).add_(1).mul_(127.5).round_().byte()  # clamp copies
 
 
 def digest(tensors, header=""):

@@ -10,6 +10,7 @@ from ddp.data.dataset import Dataset
 
 TRAIN_POINTS = 100_000
 TEST_POINTS = 10_000
+VAL_POINTS = 5_000
 EIGHT_ANGLES = np.arange(8) * np.pi / 4
 EIGHT_CENTERS = 2 * np.stack([np.cos(EIGHT_ANGLES), np.sin(EIGHT_ANGLES)], axis=1)  # (8, 2)
 EIGHT_SD = 0.2
@@ -86,13 +87,15 @@ TOYS = {  # name -> sampler, log-density where it is known
 
 
 def load_toy(name, seed=0, **_):
-    """Points standardized by a fixed sample's moments; the test points are those of every seed."""
+    """Points standardized by a fixed sample's moments; all others are those of every seed."""
     sample, log_density = TOYS[name]
     fixed = sample(TRAIN_POINTS, np.random.RandomState(1))
     mean, sd = fixed.mean(axis=0), fixed.std(axis=0)  # (2,) float64
     train = (sample(TRAIN_POINTS, np.random.RandomState([seed, 2])) - mean) / sd
     test = (sample(TEST_POINTS, np.random.RandomState(3)) - mean) / sd
-    dataset = Dataset(name, torch.from_numpy(train).float(), torch.from_numpy(test).float())
+    val = (sample(VAL_POINTS, np.random.RandomState(4)) - mean) / sd
+    train, test, val = (torch.from_numpy(part).float() for part in (train, test, val))
+    dataset = Dataset(name, train, test, val=val)
     if log_density:
         dataset.log_density = partial(standardized_log_density, log_density, mean, sd)
     return dataset

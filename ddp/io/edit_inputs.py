@@ -3,6 +3,7 @@
 import dataclasses
 
 from ddp.data.arrays import load_mask, read_items, read_latents
+from ddp.data.files import counted
 from ddp.editing import EDITS, FRAMES, EditInputs
 from ddp.sampling import SAMPLERS
 
@@ -50,9 +51,10 @@ def read_edit_inputs(model, options, steps, seed, name, path, mask=None, **given
     if edit.steps and steps is None:  # as many as the edit needs
         options = options | {"steps": min(edit.steps, model.schedule.timesteps or edit.steps)}
     settings = {k: v for k, v in given.items() if v is not None}
-    length = settings.setdefault("jump_length", max(1, min(10, options["steps"] // 2)))
-    if length >= max(2, options["steps"]):  # one step has nothing to undo
-        raise ValueError(f"jump_length={length}: expected fewer than {options['steps']} steps")
+    steps = options["steps"]
+    length = settings.setdefault("jump_length", max(1, min(10, steps // 2)))
+    if length >= max(2, steps):  # one step has nothing to undo
+        raise ValueError(f"jump_length={length}: expected fewer than the number of steps, {steps}")
     inputs = EditInputs(model, options, seed, name, **settings)
     if not path:  # an interpolation between new samples
         return inputs, DEFAULT_COUNT, []
@@ -64,7 +66,8 @@ def read_edit_inputs(model, options, steps, seed, name, path, mask=None, **given
     if mask:
         inputs.mask = load_mask(mask, model.event)
         if len(inputs.mask) not in (1, count):
-            raise ValueError(f"mask={mask}: {len(inputs.mask)} masks for {count} items")
+            masks, items = counted(len(inputs.mask), "mask"), counted(count, "item")
+            raise ValueError(f"mask={mask}: {masks} for {items}; give one, or one for each")
     if name == "interpolate" and count < 2:
         raise ValueError(f"interpolate={path}: one item has no other to go to; give two or more")
     return inputs, FRAMES * (count - 1) if name == "interpolate" else count, summary

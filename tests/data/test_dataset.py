@@ -6,10 +6,11 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from data_checks import gray, refused, save
+from data_checks import gray, idx_contents, put, refused, save
 
 from ddp.data import DATASETS, Dataset, load_dataset, resolve_name, to_float, to_pixels
-from ddp.data.dataset import digest, permutation
+from ddp.data.arrays import read_items
+from ddp.data.dataset import digest, held_out, hold_out_val, permutation
 
 # ---- batches ----
 
@@ -80,6 +81,87 @@ def test_to_moves_the_training_items_alone(numbered):
     assert not numbered.train.is_meta
 
 
+# ---- the validation split ----
+
+
+def sorted_by_class(count, classes=10):
+    """A Dataset whose items, sorted by class, tell their own number; the test split is alike."""
+    items = torch.arange(float(count))[:, None]
+    labels = torch.arange(count) * classes // count
+    return Dataset("sorted", items, items[: count // 2], labels, labels[: count // 2])
+
+
+@pytest.mark.parametrize(("count", "size"), [(1999, 0), (2000, 200), (2345, 234), (70_000, 5000)])
+def test_val_is_a_fixed_part_of_the_training_items(count, size):
+    before = sorted_by_class(count)
+    after = hold_out_val(before)
+    chosen = np.sort(np.random.RandomState([0, 0]).permutation(count)[:size])
+    if not size:
+        assert after.val is None
+        return
+    assert after.val[:, 0].tolist() == chosen.tolist()
+    assert torch.equal(after.val_labels, before.train_labels[chosen])
+    rest = np.delete(np.arange(count), chosen)  # in its stored order
+    assert after.train[:, 0].tolist() == rest.tolist()
+    assert torch.equal(after.train_labels, before.train_labels[rest])
+    assert after.test is before.test
+    assert hold_out_val(after) is after
+
+
+def test_val_leaves_an_item_of_each_class_to_training():
+    labels = torch.arange(3000).clamp_min(2000)  # of one class 2001 items, and one of each other
+    items = labels[:, None].float()
+    dataset = hold_out_val(Dataset("rare", items, items, labels, labels))
+    assert len(dataset.val) == 300
+    assert set(dataset.val_labels.tolist()) == {2000}
+
+
+def test_held_out_items_are_the_first_of_the_order_that_classes_can_spare():
+    order = torch.tensor([3, 0, 4, 1, 2])
+    assert held_out(order, 2).nonzero()[:, 0].tolist() == [0, 3]
+    labels = torch.tensor([0, 1, 0, 2, 0])  # items 1 and 3 are alone in their class, 2 is the last
+    assert held_out(order, 2, labels).nonzero()[:, 0].tolist() == [0, 4]
+    assert held_out(order, 5, labels).nonzero()[:, 0].tolist() == [0, 4]
+    assert not held_out(order, 0, labels).any()
+
+
+@pytest.mark.parametrize("has_val", [True, False])
+def test_items_to_choose_on_are_of_all_classes(has_val):
+    dataset = sorted_by_class(4000)
+    dataset = hold_out_val(dataset) if has_val else dataset
+    split = "val" if has_val else "test"
+    assert dataset.selection_split == split
+    assert dataset.num_selection == len(getattr(dataset, split)) == (400 if has_val else 2000)
+    x0, label = dataset.selection_items(torch.arange(100))
+    assert len(label.unique()) == len(getattr(dataset, f"{split}_labels").unique())
+    assert torch.equal(label, (x0[:, 0] * 10 / 4000).long())  # each with its own label
+    every, _ = dataset.selection_items(torch.arange(dataset.num_selection))
+    assert torch.equal(every.sort(dim=0).values, getattr(dataset, split))
+    assert torch.equal(dataset.selection_items(torch.tensor([7]))[0][0], every[7])
+
+
+def test_items_to_choose_on_are_numbered_as_in_an_evaluation():
+    dataset = sorted_by_class(1000)
+    expected = dataset.test[permutation(0, 0, len(dataset.test))]
+    assert torch.equal(dataset.selection_items(torch.arange(500))[0], expected)
+
+
+def test_items_to_choose_on_are_float_images_without_labels():
+    images = torch.arange(256, dtype=torch.uint8).reshape(64, 1, 2, 2)
+    x0, label = Dataset("images", images, images).selection_items(torch.arange(5))
+    assert label is None
+    assert torch.equal(x0, to_float(images[permutation(0, 0, 64)[:5]]))
+
+
+def test_points_have_validation_items_of_their_own():
+    points, others = load_dataset("moons", seed=1), load_dataset("moons", seed=2)
+    assert points.selection_split == "val"
+    assert len(points.val) == 5000
+    assert torch.equal(points.val, others.val)
+    together = torch.cat([points.train, points.test, points.val])
+    assert len(together.unique(dim=0)) == len(together)
+
+
 # ---- pixels ----
 
 
@@ -122,7 +204,12 @@ def test_fingerprint_changes_with_anything():
     prints.add(Dataset("d", first.train, first.test).fingerprint)
     prints.add(Dataset("d", first.train.reshape(3, 1, 4, 1), first.test).fingerprint)
     prints.add(Dataset("d", first.train[:2], torch.cat([first.train[2:], first.test])).fingerprint)
-    assert len(prints) == 8
+    prints.add(Dataset("d", first.train, first.test, val=first.train).fingerprint)
+    labels = torch.zeros(3).long()
+    prints.add(
+        Dataset("d", first.train, first.test, val=first.train, val_labels=labels).fingerprint
+    )
+    assert len(prints) == 10
     assert dataset().fingerprint == dataset().fingerprint
 
 
@@ -175,15 +262,27 @@ def test_load_dataset_refuses_options_of_folders_elsewhere(name, option, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_load_dataset_finds_a_folder_that_has_moved(tmp_path):
-    """A checkpoint remembers an absolute path."""
+def test_load_dataset_takes_the_path_that_was_typed_and_no_other(tmp_path):
+    """The images under data_dir are not those of a path that is mistyped."""
     for level in range(4):
-        save(tmp_path / "new" / "images" / f"{level}.png", gray(level))
-    old = tmp_path / "old" / "images"
-    for data_dir in (tmp_path / "new", tmp_path / "new" / "images"):
-        assert len(load_dataset(str(old), data_dir).train) == 2
-    refused(ValueError, "data_dir", load_dataset, str(old), tmp_path / "none")
-    refused(ValueError, "dataset=", load_dataset, "old/images", tmp_path / "new")
+        save(tmp_path / "data" / "images" / f"{level}.png", gray(level))
+    typo = tmp_path / "old" / "images"
+    for data_dir in (tmp_path / "data", tmp_path / "data" / "images"):
+        assert str(typo) in refused(ValueError, "dataset=", load_dataset, str(typo), data_dir)
+        refused(ValueError, "dataset=", load_dataset, "", data_dir)
+
+
+def test_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for level in range(4):
+        save(tmp_path / "images" / f"{level}.png", gray(level))
+    assert load_dataset("~/images").name == "images"
+    assert resolve_name("~/images") == str((tmp_path / "images").resolve())
+    assert len(read_items("~/images/0.png", (1, 4, 4))[0]) == 1
+    np.save(tmp_path / "a.npy", np.zeros((3, 2)))
+    assert len(read_items("~/a.npy", (2,))[0]) == 3
+    put(tmp_path / "mine", idx_contents())
+    assert load_dataset("mnist", "~/mine").event == (1, 3, 3)
 
 
 def test_resolve_name_makes_paths_absolute(tmp_path, monkeypatch):
@@ -199,3 +298,6 @@ def test_describe_ends_with_the_sizes():
     lines = load_dataset("digits").describe()
     assert "1,437 train and 360 test items" in lines[-1]
     assert "1x8x8" in lines[-1]
+    assert "best.pth is chosen on test items" in lines[-1]
+    (line,) = load_dataset("moons").describe()
+    assert line == "data: moons, 100,000 train, 5,000 validation and 10,000 test items, 2"

@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from data_checks import gray, noise, refused, save
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from ddp.data import folder as folder_module
 from ddp.data import load_dataset
+from ddp.data import pixels as pixels_module
 from ddp.data.folder import read_images
+from ddp.data.layout import TEST, TRAIN, VAL
 from ddp.data.vision import PUBLISHED
 
 COLORS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], np.uint8)
@@ -43,6 +45,12 @@ def only(path, **options):
 def unreadable(path, match=""):
     """The message with which a path without a single readable image is refused."""
     return refused(OSError, match, read_images, path)
+
+
+def chunk(kind, body):
+    """The bytes of a chunk of a PNG."""
+    length, check = struct.pack(">I", len(body)), struct.pack(">I", zlib.crc32(kind + body))
+    return length + kind + body + check
 
 
 # ---- modes ----
@@ -81,6 +89,84 @@ def test_sixteen_bits_are_scaled(tmp_path):
     assert Image.open(tmp_path / "a.png").mode.startswith("I")
     assert np.array_equal(only(tmp_path), (array / 257).round().astype(np.uint8)[None])
     assert np.array_equal(only(tmp_path, channels=3)[2], only(tmp_path)[0])
+
+
+@pytest.fixture
+def twelve_bits():
+    """A picture of 12-bit samples, (H, W) uint16."""
+    return np.random.RandomState(0).randint(0, 4096, (6, 8)).astype(np.uint16)
+
+
+def png_with(path, array, kind, body):
+    """Write a PNG with one more chunk behind its header."""
+    content = save(path, array).read_bytes()
+    path.write_bytes(content[:33] + chunk(kind, body) + content[33:])
+    return path
+
+
+def test_twelve_bits_in_sixteen_are_said_to_be_dark(tmp_path, twelve_bits):
+    save(tmp_path / "a.png", twelve_bits)
+    save(tmp_path / "b.png", twelve_bits)
+    images = read_images(tmp_path)
+    assert images.items.max() < 32
+    assert any("1/8 of full brightness in 2 images of 16 bits" in line for line in images.summary)
+    save(tmp_path / "b.png", twelve_bits * 16)
+    assert not any("16 bits" in line for line in read_images(tmp_path).summary)
+
+
+def test_sixteen_bits_in_color_are_said_to_be_dark(tmp_path):
+    body = b"".join(b"\0" + bytes([7, 9] * 12) for _ in range(4))  # 4 x 4 pixels of three samples
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(body)), chunk(b"IEND", b"")
+    (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    images = read_images(tmp_path)
+    assert (images.items == 7).all()
+    assert any("1/8 of full brightness in 1 image of 16 bits" in line for line in images.summary)
+
+
+def test_significant_bits_that_are_the_low_ones_are_scaled(tmp_path, twelve_bits):
+    path = png_with(tmp_path / "a.png", twelve_bits, b"sBIT", b"\x0c")
+    expected = (twelve_bits / (4095 / 255)).round().astype(np.uint8)
+    assert np.array_equal(only(path), expected[None])
+    # where they are the high ones, as the standard has it, a dark picture stays dark
+    for array in (twelve_bits * 16, twelve_bits // 256 * 16, twelve_bits * 0):
+        png_with(path, array, b"sBIT", b"\x0c")
+        assert np.array_equal(only(path), (array / 257).round().astype(np.uint8)[None])
+    png_with(path, twelve_bits, b"sBIT", b"\x00")
+    assert only(path).max() < 32
+
+
+@pytest.mark.parametrize("kind", ["profile", "text", "compressed text", "international text"])
+def test_long_profile_or_text_is_no_reason_to_skip(tmp_path, monkeypatch, kind):
+    """Pillow refuses a profile of more than a megabyte."""
+    for limit in ("MAX_TEXT_CHUNK", "MAX_TEXT_MEMORY"):
+        monkeypatch.setattr(PngImagePlugin, limit, 1000)
+    long = bytes(3000)
+    packed = zlib.compress(long)
+    bodies = {
+        "profile": (b"iCCP", b"name\0\0" + packed),
+        "text": (b"tEXt", b"Comment\0" + long),
+        "compressed text": (b"zTXt", b"Comment\0\0" + packed),
+        "international text": (b"iTXt", b"Comment\0\1\0\0\0" + packed),
+    }
+    png_with(tmp_path / "a.png", noise(4, 4), *bodies[kind])
+    assert np.array_equal(only(tmp_path), noise(4, 4).transpose(2, 0, 1))
+
+
+def test_rotation_in_text_is_applied(tmp_path):
+    """ImageMagick writes EXIF as text, and others as XMP."""
+    array = np.array([[1, 2, 3], [4, 5, 6]], np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")
+    text = b"\nexif\n%8d\n%s\n" % (len(content), content.hex().encode())
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6"/>'
+    for kind, body in (
+        (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text)),
+        (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    ):
+        path = png_with(tmp_path / "a.png", array, kind, body)
+        assert only(path)[0].tolist() == [[4, 1], [5, 2], [6, 3]]
 
 
 def test_palette_is_looked_up(tmp_path):
@@ -261,7 +347,7 @@ def test_damaged_files_are_skipped_with_a_reason(tmp_path):
     assert set(skipped) == {"skipped cut.jpg", "skipped empty.png", "skipped text.png"}
     assert "truncated" in skipped["skipped cut.jpg"]
     assert "cannot identify" in skipped["skipped text.png"]
-    assert "1 images" in images.summary[0]
+    assert images.summary[0].startswith("1 image in ")
     assert "modes L;" in images.summary[0]
 
 
@@ -287,7 +373,7 @@ def test_skipped_files_are_counted(tmp_path):
     lines = read_images(tmp_path).summary
     assert sum(line.startswith("skipped ") for line in lines) == 6
     assert "skipped 3 more that could not be read" in lines
-    assert any(line.startswith("ignored 2 files that are not .png") for line in lines)
+    assert any(line.startswith("ignored 2 files other than .png") for line in lines)
 
 
 def test_names_are_shown_on_one_line(tmp_path):
@@ -320,11 +406,6 @@ def test_names_that_are_not_utf8_are_read(tmp_path):
 def bomb(side):
     """A PNG whose header promises side x side pixels."""
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-
-    def chunk(kind, body):
-        length, check = struct.pack(">I", len(body)), struct.pack(">I", zlib.crc32(kind + body))
-        return length + kind + body + check
-
     chunks = chunk(b"IHDR", header), chunk(b"IDAT", b""), chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
@@ -338,6 +419,32 @@ def test_decompression_bomb_is_skipped_in_silence(tmp_path, side):
     assert not heard
     assert images.items.shape == (1, 1, 4, 4)
     assert any("bomb.png: DecompressionBomb" in line for line in images.summary)
+
+
+def test_large_images_are_decoded_few_at_a_time(tmp_path, monkeypatch):
+    """A palette image of 9,400 x 9,400 is 88 MB in a file of some KB, and more when converted."""
+    sizes, pools = [], []
+    composite, pool = Image.alpha_composite, folder_module.ThreadPoolExecutor
+
+    def noting_composite(*images):
+        sizes.append(images[0].size)
+        return composite(*images)
+
+    def noting_pool(workers):
+        pools.append(workers)
+        return pool(workers)
+
+    monkeypatch.setattr(Image, "alpha_composite", noting_composite)
+    monkeypatch.setattr(folder_module, "ThreadPoolExecutor", noting_pool)
+    monkeypatch.setattr(pixels_module, "STRIP_PIXELS", 1000)
+    monkeypatch.setattr(folder_module, "MAX_BYTES_AT_ONCE", 1 << 20)
+    image = Image.fromarray(noise(200, 300)[..., 0]).convert("P")
+    image.putpalette(COLORS.flatten().tolist() * 64)
+    save(tmp_path / "a.png", image, transparency=2)
+    assert only(tmp_path, image_size=(200, 300)).shape == (3, 200, 300)
+    assert max(width * height for width, height in sizes) <= 1000
+    assert len(sizes) == 67
+    assert pools[1] == 1  # of two more than a megabyte would be taken
 
 
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "PPM", "EPS"])
@@ -379,14 +486,14 @@ LAYOUTS = {
     "three parts": ["train/a.png", "val/a.png", "test/a.png"],
     "stray": ["cat/a.png", "dog/a.png", "cover.png"],
 }
-EXPECTED = {  # by file in the order of names: class, and is it for testing
+EXPECTED = {  # by file in the order of names: class, and split
     "flat": ([], None, None),
     "nested": ([], None, None),
     "classes": (["cat", "dog"], [0, 0, 1, 1], None),
     "prefix": (["airplane", "bird"], [0, 0, 1], None),
-    "split": (["cat", "dog"], [0, 0, 1, 1], [0, 1, 1, 0]),  # T stands before t
-    "split below": (["cat", "dog"], [0, 1, 1], [0, 0, 1]),
-    "three parts": ([], None, [1, 0, 1]),
+    "split": (["cat", "dog"], [0, 0, 1, 1], [TRAIN, TEST, TEST, TRAIN]),  # T stands before t
+    "split below": (["cat", "dog"], [0, 1, 1], [TRAIN, TRAIN, TEST]),
+    "three parts": ([], None, [TEST, TRAIN, VAL]),
     "stray": ([], None, None),
 }
 
@@ -399,16 +506,17 @@ def test_folders_give_classes_and_split_as_a_zip_does(tmp_path, layout, top):
         save(folder / name, noise(9, 6, seed=i))
     paths = folder, zipped(folder, tmp_path / "a.ZIP", top)
     read = [read_images(path) for path in paths]
-    classes, labels, is_test = EXPECTED[layout]
+    classes, labels, splits = EXPECTED[layout]
     for images in read:
         assert torch.equal(images.items, read[0].items)
         assert images.classes == classes
         assert labels is None or images.labels.tolist() == labels
         assert (images.labels is None) == (labels is None)
-        assert is_test is None or images.is_test.int().tolist() == is_test
-        assert (images.is_test is None) == (is_test is None)
+        assert splits is None or images.splits.tolist() == splits
+        assert (images.splits is None) == (splits is None)
         assert any("classes" in line for line in images.summary)
-        assert images.summary[1:] == read[0].summary[1:]
+        lines = [line.replace(f" {top}", " ") for line in images.summary]
+        assert lines[1:] == read[0].summary[1:]
     assert len({load_dataset(str(path)).fingerprint for path in paths}) == 1
 
 
@@ -434,8 +542,8 @@ def test_labels_follow_their_images_when_some_are_skipped(tmp_path):
 def test_read_images_refuses_a_missing_or_empty_path(tmp_path):
     unreadable(tmp_path, "it holds no .png")
     (tmp_path / "notes.txt").touch()
-    unreadable(tmp_path, "ignored 1 files")
-    unreadable(tmp_path / "notes.txt", "ignored 1 files")
+    unreadable(tmp_path, "ignored 1 file other")
+    unreadable(tmp_path / "notes.txt", "ignored 1 file other")
     unreadable(tmp_path / "none", "none is neither")
     unreadable(tmp_path / "none.zip", "none.zip")
 

@@ -1,5 +1,6 @@
 """Digits, MNIST and CIFAR-10: as published, damaged, and from mirrors that fail on loopback."""
 
+import errno
 import gzip
 import hashlib
 import http.server
@@ -7,17 +8,17 @@ import io
 import socket
 import tarfile
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from data_checks import refused
+from data_checks import IDX_FILES, idx, idx_contents, put, refused
 from tqdm import tqdm
 
 from ddp.data import load_dataset, vision
+from ddp.data.dataset import val_mask
 from ddp.data.vision import CIFAR_ARCHIVE, PUBLISHED
-
-IDX_FILES = list(PUBLISHED["mnist"]["md5"])
 
 # ---- digits ----
 
@@ -57,27 +58,6 @@ def test_digits_split_does_not_depend_on_the_seed():
 # ---- IDX ----
 
 
-def idx(array):
-    array = np.asarray(array, np.uint8)
-    shape = b"".join(n.to_bytes(4, "big") for n in array.shape)
-    return bytes([0, 0, 8, array.ndim]) + shape + array.tobytes()
-
-
-def idx_contents(count=6, side=3):
-    """The four files' contents; every byte differs from its neighbors."""
-    images = np.arange(count * side * side).reshape(count, side, side) % 251
-    labels = np.arange(count) % 10
-    return [idx(images), idx(labels), idx(images[:4] + 1), idx(labels[3::-1])]
-
-
-def put(folder, contents, suffix=""):
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, content in zip(IDX_FILES, contents, strict=True):
-        path = folder / (file.removesuffix(".gz") + suffix)
-        path.write_bytes(gzip.compress(content) if suffix else content)
-    return folder
-
-
 @pytest.fixture
 def offline(monkeypatch):
     """Any attempt to download fails the test."""
@@ -105,9 +85,25 @@ def test_mnist_is_read_from_files_of_the_user(tmp_path, name, folder, suffix):
 
 
 @pytest.mark.usefixtures("offline")
-def test_mnist_is_read_from_where_torchvision_puts_it(tmp_path):
-    put(tmp_path / "MNIST" / "raw", idx_contents())
-    assert len(load_dataset("mnist", tmp_path).train) == 6
+@pytest.mark.parametrize(
+    ("name", "folder"), [("mnist", "MNIST"), ("fashion_mnist", "FashionMNIST")]
+)
+def test_mnist_is_read_from_where_torchvision_puts_it(tmp_path, name, folder):
+    put(tmp_path / folder / "raw", idx_contents())
+    assert len(load_dataset(name, tmp_path).train) == 6
+
+
+@pytest.mark.usefixtures("offline")
+def test_mnist_has_validation_items(tmp_path):
+    put(tmp_path, idx_contents(count=2000, side=2))
+    mnist = load_dataset("mnist", tmp_path)
+    is_val = val_mask(2000)
+    assert is_val.sum() == 200
+    images = torch.from_numpy(np.arange(8000).reshape(2000, 1, 2, 2) % 251).byte()
+    assert torch.equal(mnist.val, images[is_val])
+    assert torch.equal(mnist.train, images[~is_val])
+    assert torch.equal(mnist.val_labels, torch.arange(2000)[is_val] % 10)
+    assert torch.equal(mnist.train_labels, torch.arange(2000)[~is_val] % 10)
 
 
 images, labels, test_images, test_labels = idx_contents()
@@ -151,6 +147,22 @@ def test_mnist_refuses_images_without_pixels(tmp_path):
     refused(OSError, "labels", load_dataset, "mnist", tmp_path)
 
 
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("declared", [(6, 3, 3), (2**31, 1, 1), (2**32 - 1,) * 3])
+def test_mnist_unpacks_no_more_than_is_declared(tmp_path, monkeypatch, declared):
+    """Neither a .gz of many zeros nor a header of many items takes memory."""
+    monkeypatch.setattr(vision, "MAX_BYTES", 1 << 16)
+    contents = idx_contents()
+    header = contents[0][:4] + b"".join(n.to_bytes(4, "big") for n in declared)
+    contents[0] = header + bytes(10_000_000)
+    put(tmp_path, contents, ".gz")
+    tracemalloc.start()
+    refused(OSError, "train-images.*is damaged", load_dataset, "mnist", tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+
+
 def noticed_or_harmless(path, name):
     """Flip a bit of each byte of the file in turn: loading is refused, or gives what it gave."""
     whole, fingerprint = path.read_bytes(), load_dataset(name, path.parent).fingerprint
@@ -179,11 +191,17 @@ def test_mnist_notices_flipped_bits(tmp_path):
 
 def test_mnist_is_the_published_one(shared_data):
     mnist = load_dataset("mnist", shared_data)
-    assert mnist.train.shape == (60000, 1, 28, 28)
+    assert mnist.train.shape == (55000, 1, 28, 28)
+    assert mnist.val.shape == (5000, 1, 28, 28)
     assert mnist.test.shape == (10000, 1, 28, 28)
+    is_val = val_mask(60000)
+    train = torch.empty(60000, 1, 28, 28, dtype=torch.uint8)
+    train[is_val], train[~is_val] = mnist.val, mnist.train
+    labels = torch.empty(60000).long()
+    labels[is_val], labels[~is_val] = mnist.val_labels, mnist.train_labels
     published = {
-        "6bbc9ace898e44ae57da46a324031adb": ("00000803", mnist.train, (60000, 28, 28)),
-        "a25bea736e30d166cdddb491f175f624": ("00000801", mnist.train_labels, (60000,)),
+        "6bbc9ace898e44ae57da46a324031adb": ("00000803", train, (60000, 28, 28)),
+        "a25bea736e30d166cdddb491f175f624": ("00000801", labels, (60000,)),
         "2646ac647ad5339dbf082846283269ea": ("00000803", mnist.test, (10000, 28, 28)),
         "27ae3e4e09519cfbb04c329615203637": ("00000801", mnist.test_labels, (10000,)),
     }
@@ -199,6 +217,29 @@ def test_fashion_mnist_refuses_mnist(shared_data, tmp_path):
         plain = gzip.decompress(file.read_bytes())
         (tmp_path / file.stem).write_bytes(plain)
     refused(OSError, "t10k-labels.*MNIST's", load_dataset, "fashion_mnist", tmp_path)
+
+
+@pytest.mark.usefixtures("offline")
+def test_mnist_says_that_its_labels_are_others(tmp_path):
+    """Fashion-MNIST has files of the same names."""
+    contents = idx_contents()
+    contents[2:] = idx(np.zeros((10_000, 3, 3))), idx(np.arange(10_000) % 10)
+    put(tmp_path, contents)
+    assert "as many labels as MNIST, but others" in load_dataset("mnist", tmp_path).describe()[0]
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+def test_error_of_the_disk_names_the_file(tmp_path, monkeypatch, name):
+    put(tmp_path, idx_contents(), ".gz")
+    path = cifar_archive(tmp_path / CIFAR_ARCHIVE, cifar_members())
+
+    def broken(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(gzip.GzipFile, "read", broken)
+    message = refused(OSError, "cannot be read: Input/output error", load_dataset, name, tmp_path)
+    assert (str(path) if name == "cifar10" else "train-images-idx3-ubyte.gz") in message
 
 
 # ---- CIFAR-10 ----
@@ -277,6 +318,86 @@ def test_cifar_refuses_inconsistent_members(tmp_path, change, match):
     refused(OSError, match, load_dataset, "cifar10", tmp_path)
 
 
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_cifar_is_read_from_a_tar_of_every_format(tmp_path, kind):
+    """With headers of other kinds between the files, as other systems write them."""
+    path = tmp_path / CIFAR_ARCHIVE
+    with tarfile.open(path, "w:gz", format=kind) as archive:
+        folder = tarfile.TarInfo("cifar-10-batches-bin")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, content in cifar_members().items():
+            info = tarfile.TarInfo(f"cifar-10-batches-bin/{name}")
+            info.size = len(content)
+            info.mtime = 1.5
+            info.uname = "\N{LATIN SMALL LETTER E WITH ACUTE}" * 20
+            archive.addfile(info, io.BytesIO(content))
+    expected = load_dataset(
+        "cifar10", cifar_archive(tmp_path / "b" / path.name, cifar_members()).parent
+    )
+    assert load_dataset("cifar10", tmp_path).fingerprint == expected.fingerprint
+
+
+def tar_header(size, kind=b"0", name=b"data_batch_1.bin", **fields):
+    """A header of a .tar whose field for the size holds these bytes."""
+    header = bytearray(512)
+    header[: len(name)] = name
+    header[124 : 124 + len(size)] = size
+    header[156:157] = kind
+    header[148:156] = b" " * 8
+    header[148:156] = fields.get("checksum", b"%06o\0 " % sum(header))
+    return bytes(header)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    "header",
+    [
+        tar_header(b"77777777777\0"),
+        tar_header(b"-0000000001\0"),
+        tar_header(b"\x80" + bytes(3) + b"\xff" * 8),
+        tar_header(b"\xff" * 12),
+        tar_header(b"00000000999\0"),
+        tar_header(b"+1_0\0"),
+        tar_header(b"\xb2\0"),
+        tar_header(b""),
+        tar_header(b"00000030010\0", kind=b"S"),
+        tar_header(b"00000030010\0", kind=b"2"),
+        tar_header(b"00000030010\0", checksum=b"0\0"),
+        tar_header(b"00000030010\0", checksum=b"-1\0"),
+        tar_header(b"77777777777\0", kind=b"x"),
+        tar_header(b"77777777777\0", kind=b"L"),
+        tar_header(b"00000030010\0")[:300],
+    ],
+)
+def test_cifar_refuses_a_header_that_lies(tmp_path, header):
+    path = cifar_archive(tmp_path / CIFAR_ARCHIVE, cifar_members())
+    plain = gzip.decompress(path.read_bytes())
+    batch = plain.index(b"cifar-10-batches-bin/data_batch_1.bin")
+    path.write_bytes(gzip.compress(plain[:batch] + header + plain[batch + 512 :]))
+    refused(OSError, path.name, load_dataset, "cifar10", tmp_path)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("zeros", ["in a file", "behind the end", "in another file"])
+def test_cifar_unpacks_no_more_than_it_may(tmp_path, monkeypatch, zeros):
+    monkeypatch.setattr(vision, "MAX_BYTES", 1 << 20)
+    members = cifar_members()
+    if zeros == "in a file":
+        members["test_batch.bin"] = bytes(3073 * 5000)
+    elif zeros == "in another file":
+        members["readme"] = bytes(3073 * 5000)
+    path = cifar_archive(tmp_path / CIFAR_ARCHIVE, members)
+    if zeros == "behind the end":
+        path.write_bytes(path.read_bytes() + gzip.compress(bytes(3073 * 5000)))
+    tracemalloc.start()
+    refused(OSError, "longer than", load_dataset, "cifar10", tmp_path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3 << 20
+
+
 # ---- downloads ----
 
 
@@ -298,15 +419,34 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if kind == "wrong":
                 content = content[:-1] + b"?"
             self.send_response(200)
+            if kind.startswith("dripping"):
+                self.drip(kind)
+                return
+            if kind == "huge":
+                self.send_header("Content-Length", "9" * 30)
             if kind == "chunked":
                 self.send_header("Transfer-Encoding", "chunked")
                 content = b"%x\r\n" % (len(content) + 1) + content[:9]
             elif kind == "lying":
                 self.send_header("Content-Length", "many")
-            elif kind != "endless":
+            elif kind == "flood":
+                content = bytes(1 << 20)
+            elif kind not in ("endless", "huge"):
                 self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content[: len(content) // 2] if kind == "cut" else content)
+
+    def drip(self, kind):
+        """Send a byte now and then, of the answer's head or of its body."""
+        self.send_header("Content-Length", "1000")
+        if kind == "dripping-body":
+            self.end_headers()
+        self.flush_headers()
+        while not self.server.stopped.wait(0.02):
+            try:
+                self.wfile.write(b"x")
+            except OSError:  # the other side is gone
+                return
 
     def log_message(self, *args):
         pass
@@ -316,7 +456,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def mirrors(monkeypatch):
     """use(*kinds): makes these the mirrors of all datasets; .files: what they hold."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.asked, server.files = [], {}
+    server.asked, server.files, server.stopped = [], {}, threading.Event()
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
     monkeypatch.setenv("no_proxy", "*")
     with socket.socket() as closed:
@@ -332,6 +472,7 @@ def mirrors(monkeypatch):
 
         server.use = use
         yield server
+        server.stopped.set()
         server.shutdown()
         server.server_close()
 
@@ -381,6 +522,47 @@ def test_download_goes_on_to_the_next_mirror(mirrors, tmp_path, bad):
     assert message.count(f"/{bad}/") == 2
     assert str(tmp_path / "none" / "mnist") in message
     assert not list((tmp_path / "none" / "mnist").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["dripping-head", "dripping-body", "silent"])
+def test_download_gives_up_a_mirror_that_is_too_slow(mirrors, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(vision, "PATIENCE", 0.2)
+    mirrors.files = {CIFAR_ARCHIVE: b"x"}
+    mirrors.use(kind)
+    if kind == "silent":
+        monkeypatch.setattr(Handler, "drip", lambda self, kind: self.server.stopped.wait())
+        mirrors.use("dripping")
+    message = refused(OSError, "cannot download", load_dataset, "cifar10", tmp_path)
+    assert "nothing came" in message or "bytes a second" in message or "timed out" in message
+    assert not list((tmp_path / "cifar10").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["huge", "flood"])
+def test_download_ends_when_it_is_too_long(mirrors, tmp_path, monkeypatch, kind):
+    """Before the disk is full."""
+    monkeypatch.setattr(vision, "MAX_BYTES", 1 << 16)
+    monkeypatch.setattr(vision, "CHUNK_BYTES", 1 << 12)
+    mirrors.files = {CIFAR_ARCHIVE: b"x"}
+    mirrors.use(kind)
+    bars = Bars()
+    refused(OSError, "it is longer than", load_dataset, "cifar10", tmp_path, progress=bars)
+    assert not list((tmp_path / "cifar10").iterdir())
+    assert bars.made[0].n <= 1 << 16
+
+
+def test_download_shows_little_of_what_a_mirror_says(mirrors, tmp_path, monkeypatch):
+    mirrors.files = {CIFAR_ARCHIVE: b"x"}
+    mirrors.use("missing", "missing")
+    text = "no \x1b[2J" + "x" * 10_000
+
+    def answer(self, code):
+        self.send_response(code, text)
+        self.end_headers()
+
+    monkeypatch.setattr(Handler, "send_error", answer)
+    message = refused(OSError, r"\\x1b", load_dataset, "cifar10", tmp_path)
+    assert message.isprintable()
+    assert len(message) < 800
 
 
 def test_download_takes_a_file_of_unknown_length(mirrors, tmp_path):
