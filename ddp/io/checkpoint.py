@@ -6,40 +6,29 @@ stripped for shipping, RESUME_KEYS.
 
 import contextlib
 import dataclasses
-import math
-import pickle
 import platform
 import subprocess
-import zipfile
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
 
 import ddp
 from ddp.config import OLD_NAMES, OLD_VALUES, Config
+from ddp.data.files import printable
+from ddp.io.archive import content_digest, read_archive
 from ddp.io.files import atomic_write
+from ddp.io.schema import (
+    FORMAT,
+    INFERENCE_KEYS,
+    MAX_TEXT,
+    RESUME_KEYS,
+    is_tensor,
+    is_text,
+    is_whole,
+)
 from ddp.model import build_model
-
-FORMAT = 2
-INFERENCE_KEYS = {  # what sampling and evaluation need
-    "format": int,
-    "step": int,
-    "config": dict,  # the fields of ddp.config.Config
-    "event": list,  # shape of one item
-    "classes": list,  # their names
-    "ema": dict,  # the averaged weights, and the BatchNorm statistics that belong to them
-    "provenance": dict,  # see `provenance`
-}
-RESUME_KEYS = {  # what a run needs to go on
-    "model": dict,  # the raw weights
-    "optimizer": list,  # the state of each
-    "scaler": dict,  # fp16's
-    "noise_dist": dict,  # what importance sampling has learned
-    "best": (float, type(None)),  # lowest test loss
-    "seconds": (float, int),  # of training
-}
-MAX_EVENT_SIZE = 1 << 24  # numbers in one item; a sanity limit for untrusted files
+from ddp.optim import Muon, as_matrix
 
 RENAMED_WEIGHTS = {  # part of a name in format 1, before ddp 0.2 -> now; {} is conv or proj
     "network.door.": "network.{}_in.",
@@ -55,57 +44,74 @@ RENAMED_WEIGHTS = {  # part of a name in format 1, before ddp 0.2 -> now; {} is 
 
 def provenance(dataset):
     """Return where a checkpoint comes from: versions, the code's git commit if any, the data."""
-    root = Path(__file__).parents[2]
-    commit = None
-    if (root / ".git").exists():  # else git would look in the folders above
-        describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
-        command = ["git", "-C", root, *describe]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        commit = result.stdout.strip() or None  # with -dirty when files differ from it
     return {
         "ddp": ddp.__version__,
         "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "commit": commit,
-        "dataset": dataset.name,
+        "commit": git_commit(Path(__file__).parents[2]),
+        "dataset": PurePath(dataset.name).name,  # no path
         "fingerprint": dataset.fingerprint,  # a run goes on with the same data only
     }
 
 
+def git_commit(root):
+    """Return the commit of the code in `root`, with -dirty when files differ from it, or None."""
+    if not (root / ".git").exists():  # git would look in the folders above
+        return None
+    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]  # no tags
+    options = {"capture_output": True, "text": True, "errors": "replace", "timeout": 20}
+    try:
+        result = subprocess.run(["git", "-C", root, *describe], check=False, **options)
+    except (OSError, subprocess.TimeoutExpired):  # there is no git, or its disk does not answer
+        return None
+    return result.stdout.strip() or None
+
+
 def checkpoint_state(trainer):
     """Return all that a run must remember, as a checkpoint's dict."""
+    config = dataclasses.asdict(trainer.config)
+    origin = provenance(trainer.dataset)
     return {
         "format": FORMAT,
-        "config": dataclasses.asdict(trainer.config),
+        "config": {name: as_text(value) for name, value in config.items()},
         "event": list(trainer.model.event),
-        "classes": list(trainer.dataset.classes),  # kept for unconditional models, too
-        "provenance": provenance(trainer.dataset),
+        "classes": [as_text(name) for name in trainer.dataset.classes],  # of all models
+        "provenance": {name: as_text(value) for name, value in origin.items()},
         **trainer.state_dict(),
     }
 
 
+def as_text(value):
+    """Return a str as text that may stand in a checkpoint; anything else as it is."""
+    return printable(value, MAX_TEXT) if type(value) is str and not is_text(value) else value
+
+
 def strip_training_state(state):
-    """Return a checkpoint without what only training needs: a third to a quarter of its size."""
-    return {key: state[key] for key in INFERENCE_KEYS}
+    """Return a checkpoint without what only training needs: a third to a quarter of its size.
+
+    Nor does it have a path of this machine: a dataset from a folder keeps its name alone."""
+    places = {"dataset": PurePath(state["config"]["dataset"]).name or "data"}
+    places |= {"data_dir": Config.data_dir, "out_dir": Config.out_dir}
+    return {key: state[key] for key in INFERENCE_KEYS} | {"config": state["config"] | places}
 
 
 def write_checkpoint(path, state):
     """Write `state` to a temporary file, flush it, read it back, and only then rename it to `path`.
 
-    Raises FloatingPointError, and writes nothing, when a weight is not finite."""
-    for part in ("model", "ema"):
-        for name, weight in state.get(part, {}).items():
-            if not weight.isfinite().all():
-                raise FloatingPointError(f"{name} of {part} is not finite; {path} is not written")
+    With it goes a digest of all names and numbers. Raises FloatingPointError, and writes nothing,
+    when a number is not finite."""
+    for name, tensor in tensors_in(state):
+        if not tensor.isfinite().all():
+            raise FloatingPointError(f"{name} is not finite; {path} is not written")
+    state = state | {"digest": content_digest(state)}
 
     def write(temporary):
         try:
             torch.save(state, temporary)
         except RuntimeError as error:  # what its zip writer raises on a full disk
             raise OSError(f"{path} could not be written, is the disk full? ({error})") from None
-        if read_checkpoint(temporary)["step"] != state["step"]:  # this verifies every CRC
-            raise OSError(f"{path} could not be read back as it was written")
+        read_checkpoint(temporary)  # this verifies every CRC, and the digest
 
     return atomic_write(path, write)
 
@@ -118,47 +124,54 @@ def read_checkpoint(path):
     if path.is_dir():
         raise OSError(f"{path} is a folder; give a checkpoint in it, such as {path / 'last.pth'}")
     if not path.is_file():
-        others = ", ".join(sorted(other.name for other in path.parent.glob("*.pth")))
-        raise OSError(f"there is no checkpoint {path}; its folder holds {others or 'none'}")
+        names = sorted(other.name for other in path.parent.glob("[!.]*.pth"))  # not half written
+        others = printable(", ".join(names) or "none", 300)
+        raise OSError(f"there is no checkpoint {path}; its folder holds {others}")
     state = read_archive(path)
-    require_keys(path, state, INFERENCE_KEYS)
-    if state["format"] not in (1, FORMAT):
+    require_keys(path, state, {})
+    digest = state.pop("digest", None)  # older files have none
+    if digest is not None and digest != content_digest(state):
+        raise OSError(f"{path} is damaged: its digest is that of other contents")
+    if is_whole(state.get("format"), FORMAT + 1):
         raise OSError(f"{path} has format {state['format']}; this version reads up to {FORMAT}")
-    for part in ("ema", "model"):
-        for name, weight in state.get(part, {}).items():
-            if not isinstance(name, str) or not isinstance(weight, torch.Tensor):
-                raise OSError(f"{path} is not a checkpoint of this project: {name} is not a weight")
-    return upgrade(state) if state["format"] == 1 else state
+    require_sound(path, state)
+    if state["format"] == 1:
+        state = upgrade(state)
+        require_sound(path, state)
+    if digest is None and "best" in state:
+        state["best"] = None  # before version 0.3 it was a loss on other items
+    return state
 
 
-def read_archive(path):
-    """Return what torch.save wrote to `path`. Raises OSError when it is damaged or hostile.
-
-    torch.load checks no checksum and unpickles on request: here every CRC of the archive is
-    verified first, and only tensors and plain types are read."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # the first part whose CRC is wrong, or None
-        if damaged:
-            raise OSError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)  # runs no code
-    except (zipfile.BadZipFile, RuntimeError, EOFError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise OSError(f"{path} is damaged or not a checkpoint ({reason})") from None
-    except pickle.UnpicklingError:
-        raise OSError(f"{path} holds more than tensors and plain types; not loaded") from None
+def require_sound(path, state):
+    """Raise OSError unless all parts that `state` has are what they must be, and finite."""
+    parts = {key: check for key, check in RESUME_KEYS.items() if key in state}
+    require_keys(path, state, INFERENCE_KEYS | parts)
+    for name, tensor in tensors_in(state):
+        if not tensor.isfinite().all():
+            raise OSError(f"{path}: {name} is not finite; use an earlier checkpoint")
 
 
 def require_keys(path, state, keys):
-    """Raise OSError unless `state` is a dict that holds all `keys`, each of its type or types."""
-    if not isinstance(state, dict):
+    """Raise OSError unless `state` is a dict that holds all `keys`, each as its check says."""
+    if type(state) is not dict:
         raise OSError(f"{path} is not a checkpoint of this project: it holds a {type(state)}")
-    wrong = [name for name, kind in keys.items() if not isinstance(state.get(name, ...), kind)]
-    if wrong:  # a key that is missing reads as `...`, which is of no type asked for
+    # a key that is missing reads as `...`, which is nothing that is asked for
+    wrong = [key for key, check in keys.items() if not check(state.get(key, ...))]
+    if wrong:
         raise OSError(
             f"{path} is not a checkpoint of this project: it lacks {', '.join(wrong)}, or holds it "
             "in another form"
         )
+
+
+def tensors_in(value, name=""):
+    """Yield (name, tensor) of every tensor in a checkpoint's dict, however deep."""
+    if is_tensor(value):
+        yield name, value
+    elif isinstance(value, (dict, list)):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from tensors_in(part, f"{name} {key}".strip()[:200])
 
 
 def upgrade(state):
@@ -188,14 +201,45 @@ def upgrade(state):
 
 
 def parse_config(state, path):
-    """Return a checkpoint's Config. Raises OSError when it has what this version does not know."""
+    """Return a checkpoint's Config, whose model has just the weights that are there.
+
+    Nothing is allocated to find that out. Raises OSError when it has what this version does not
+    know, or other weights."""
     try:
-        return Config(**state["config"])
+        config = Config(**state["config"])
     except (TypeError, ValueError) as error:
         hint = ""
         if "expected one of" in str(error):
             hint = "; if a plugin registers it, give plugin=FILE, or import that file first"
-        raise OSError(f"{path} has a config that cannot be used: {error}{hint}") from None
+        raise OSError(f"{path} has a config that cannot be used: {shorten(error)}{hint}") from None
+    with misfit_is_os_error(f"{path}: its weights do not fit its config"):
+        with torch.device("meta"):  # of which tensors have no numbers
+            expected = model_of(config, state).state_dict()
+        for part in ("ema", "model"):
+            require_same(part, state.get(part, expected), expected)
+    return config
+
+
+def model_of(config, state):
+    """Return a new model of a checkpoint's dict."""
+    num_classes = len(state["classes"]) if config.class_cond else 0
+    return build_model(config, state["event"], num_classes)
+
+
+def require_same(what, tensors, expected):
+    """Raise ValueError when two dicts of tensors differ in a name, a shape or a dtype."""
+    if unmatched := sorted(tensors.keys() ^ expected.keys()):
+        has = "lacks" if unmatched[0] in expected else "should not have"
+        raise ValueError(f"{what} {has} {unmatched[0]}")
+    for name, tensor in tensors.items():
+        theirs, ours = ((t.dtype, *t.shape) for t in (tensor, expected[name]))
+        if theirs != ours:
+            raise ValueError(f"{name} of {what} is {theirs}, not {ours}")
+
+
+def shorten(error):
+    """Return what an error says, in one short line."""
+    return printable(" ".join(str(error).split()), 300)
 
 
 @contextlib.contextmanager
@@ -203,9 +247,11 @@ def misfit_is_os_error(message):
     """Turn what PyTorch raises for data that does not fit into one OSError."""
     try:
         yield
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise OSError(f"{message} ({reason})") from None
+    except (
+        *(RuntimeError, TypeError, ValueError, LookupError, AttributeError),
+        *(ArithmeticError, AssertionError, MemoryError),
+    ) as error:
+        raise OSError(f"{message} ({shorten(error)})") from None
 
 
 def load_model(path, weights="ema", device="cpu"):
@@ -217,23 +263,8 @@ def load_model(path, weights="ema", device="cpu"):
     part = {"ema": "ema", "raw": "model"}[weights]  # its key
     if part not in state:
         raise OSError(f"{path} was stripped for shipping, without raw weights; use weights=ema")
-    event = state["event"]  # [C, H, W] or [D]
-    num_classes = len(state["classes"]) if config.class_cond else 0
-    with misfit_is_os_error(f"{path}: its weights do not fit its config"):
-        if min(event) < 1 or math.prod(event) > MAX_EVENT_SIZE:
-            raise ValueError(f"event={event}: expected 1 to {MAX_EVENT_SIZE} numbers")
-        for name, weight in state[part].items():
-            if weight.nbytes > weight.untyped_storage().nbytes():  # a few numbers, expanded
-                raise ValueError(f"{name} is larger than what the file holds of it")
-        # shapes are compared on the meta device first: a hostile config allocates nothing
-        with torch.device("meta"):
-            model = build_model(config, event, num_classes)
-        model.load_state_dict(state[part], assign=True)  # raises when names or shapes differ
-        model = build_model(config, event, num_classes)  # now with memory
-        model.load_state_dict(state[part])
-    for tensor in model.state_dict().values():
-        if not tensor.isfinite().all():
-            raise OSError(f"{path}: its weights are not finite; use an earlier checkpoint")
+    model = model_of(config, state)
+    model.load_state_dict(state[part])
     if model.is_image:
         model.to(memory_format=torch.channels_last)  # in which convolutions are fastest
     return model.to(device).eval().requires_grad_(False), config, state
@@ -254,4 +285,30 @@ def restore(trainer, state):
             "set data_dir to the folder that it was trained on"
         )
     with misfit_is_os_error("the checkpoint does not fit its own config"):
+        require_same("ema", state["ema"], trainer.ema.state_dict())
+        require_same("model", state["model"], trainer.model.state_dict())
+        if trainer.noise_dist_learns:
+            require_same("noise_dist", state["noise_dist"], trainer.noise_dist.state_dict())
+        for optimizer, saved in zip(trainer.optimizers, state["optimizer"], strict=True):
+            require_moments(optimizer, saved["state"], state)
         trainer.load_state_dict(state)
+
+
+def require_moments(optimizer, saved, state):
+    """Raise ValueError unless the moments `saved` in a checkpoint's dict are an optimizer's.
+
+    A fused AdamW reads as many numbers of a moment as its weight has, whether they are there."""
+    weights = [weight.detach() for group in optimizer.param_groups for weight in group["params"]]
+    if not saved and state["step"] and not state["scaler"]:  # fp16 may skip its first steps
+        raise ValueError("an optimizer has no moments")
+    for number, theirs in saved.items():
+        if number >= len(weights):
+            raise ValueError(f"an optimizer has moments of weight {number} of {len(weights)}")
+        weight = weights[number]
+        ours = {"step": torch.zeros(()), "exp_avg": weight, "exp_avg_sq": weight}
+        if isinstance(optimizer, Muon):
+            ours = {"momentum_buffer": as_matrix(weight)}
+        require_same("an optimizer", theirs, ours)
+        step_count, squares = theirs.get("step", 0), theirs.get("exp_avg_sq", torch.zeros(()))
+        if not 0 <= step_count <= state["step"] or (squares < 0).any():
+            raise ValueError(f"an optimizer has impossible moments of weight {number}")
