@@ -3,9 +3,12 @@
 python benchmarks/ablation.py [--dataset digits] [--epochs 100] [--only "default norm=none"]
 
 Every variant is trained from the same seed on the same batches for the same number of steps, and
-measured by the same code on the same noise. Prints a table and writes it to JSON.
+measured by the same code on the same noise and at the same noise levels. A variant changes what its
+name says and nothing else: what another default would follow from it stays as it is, and a
+prediction is to be compared with the row of its weighting. Prints a table and writes it to JSON.
 """
 
+import copy
 import dataclasses
 import math
 import sys
@@ -23,6 +26,7 @@ from ddp.metrics.evaluate import MIN_ITEMS
 from ddp.metrics.likelihood_metrics import evaluate_loss
 from ddp.metrics.sample_metrics import distance_ratio
 from ddp.options import SamplerOptions
+from ddp.schedule import Schedule
 from ddp.training import Trainer
 
 VARIANTS = [
@@ -36,9 +40,10 @@ VARIANTS = [
     {"init": "kaiming"},
     {"init": "default"},
     {"optimizer": "adamw"},
+    {"weighting": "snr"},
     {"prediction": "eps", "weighting": "snr"},
-    {"prediction": "x0"},
     {"weighting": "min_snr"},
+    {"prediction": "x0", "weighting": "min_snr"},
     {"schedule": "linear"},
     {"schedule": "sigmoid"},
     {"timesteps": 0},
@@ -49,9 +54,15 @@ def name_of(variant):
     return ",".join(f"{name}={value}" for name, value in variant.items()) or "default"
 
 
+def config_of(variant, items, **fields):
+    """Return the Config of a variant: that of `fields` for a Dataset, but for what it names."""
+    return dataclasses.replace(Config(**fields).resolve(items), **variant)
+
+
 def train_variant(variant, dataset, args):
     """Return (trainer, seconds per step, None), or the number of the step at which it diverged."""
-    config = Config(dataset=args.dataset, data_dir=args.data_dir, epochs=args.epochs, **variant)
+    fields = {"dataset": args.dataset, "data_dir": args.data_dir, "epochs": args.epochs}
+    config = config_of(variant, dataset, **fields)
     device = select_device("auto")
     trainer = Trainer(config, dataset, device, select_precision("auto", device))
     steps = config.num_steps(len(dataset.train))
@@ -69,10 +80,12 @@ def measure(variant, dataset, args):
     if diverged is not None:
         return {"variant": name_of(variant), "diverged": diverged}
     model = trainer.recalibrated_ema()
+    at_same_levels = copy.deepcopy(model)
+    at_same_levels.schedule = Schedule()  # of the default, whatever the variant's own
     candidate = Candidate(
         name_of(variant),
         about={},
-        model=model,
+        model=at_same_levels,
         sampling_model=model,
         sampler_options=SamplerOptions().resolve(model),
     )

@@ -12,6 +12,14 @@ def expand(level, x):
     return level if level.ndim == 0 else level.reshape(-1, *[1] * (x.ndim - 1))
 
 
+def to_double(x):
+    """Return x in float64, on the CPU where its own device has none (Apple's MPS)."""
+    try:
+        return x.double()
+    except TypeError:
+        return x.cpu().double()
+
+
 def alpha_sigma(log_snr, x):
     """Return alpha and sigma at log_snr, ready to multiply x (B, *event)."""
     log_snr = expand(log_snr, x)
@@ -36,6 +44,12 @@ def q_step(x_s, log_snr_s, log_snr_t):
     mean = alpha_t / alpha_s * x_s
     variance = sigma_t**2 * -torch.expm1(expand(log_snr_t - log_snr_s, x_s))  # 1 - SNR_t / SNR_s
     return mean, variance
+
+
+def q_step_sample(x_s, log_snr_s, log_snr_t, noise):
+    """Take one step of the forward network, a draw from q(x_t | x_s) at a noisier level."""
+    mean, variance = q_step(x_s, log_snr_s, log_snr_t)
+    return mean + variance.sqrt() * noise()
 
 
 def q_posterior(x0, x_t, log_snr_t, log_snr_s):

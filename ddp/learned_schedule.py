@@ -6,6 +6,8 @@ trained to lower E[f^2], whose gradient is E[2 f grad f]. The end points do chan
 are trained on it, that is, on f and on the prior and reconstruction terms.
 """
 
+import math
+
 import torch
 
 from ddp.loss import vlb_prior, vlb_reconstruction
@@ -14,15 +16,23 @@ from ddp.rng import normal
 ENDPOINT_ITEMS = 64  # of a batch, for the prior and reconstruction terms
 
 
-def endpoint_loss(schedule, x0, eps, discrete):
-    """Return the VLB's prior and reconstruction terms, in nats a dimension, 0-d.
+def bound_terms(
+    schedule,  # a learned Schedule
+    x0,  # (B, *event)
+    eps,  # (B, *event), N(0, I)
+    discrete,  # x0 is pixels of 256 values from -1 to 1, not a point with a density
+):
+    """Return the VLB's prior and reconstruction terms of each item, in nats a dimension, (B,).
 
-    The reconstruction is that of x_t / alpha, so it costs no NFE (Kingma et al. 2021)."""
-    clean = schedule.log_snr(0.0).float()
-    noisy = schedule.log_snr(1.0).float()
+    The mean of weight * loss estimates the diffusion term alone, which moving the ends can lower
+    while the bound gets worse: these belong to it. The reconstruction is that of x_t / alpha, so it
+    costs no NFE (Kingma et al. 2021). Infinite where the ends have crossed or are not finite."""
+    clean = schedule.log_snr(0.0).to(x0)
+    noisy = schedule.log_snr(1.0).to(x0)
     x0_hat = x0 + torch.exp(-0.5 * clean) * eps
-    reconstruction = vlb_reconstruction(x0, x0_hat, clean.expand(len(x0)), discrete)
-    return (reconstruction + vlb_prior(x0, noisy)).mean() / x0[0].numel()
+    reconstruction = vlb_reconstruction(x0, x0_hat, clean.expand(len(x0)), discrete)  # float64
+    nats = (reconstruction + vlb_prior(x0, noisy).to(reconstruction.device)) / x0[0].numel()
+    return torch.where((clean > noisy).to(nats.device), nats, math.inf).to(x0)
 
 
 def backward_through_schedule(
@@ -32,7 +42,9 @@ def backward_through_schedule(
     log_snr,  # (B,), a leaf: log_snr.grad is the scaled gradient of the mean of f
     loss,  # (B,), before its weight
 ):
-    """Add the schedule's gradients to its parameters."""
+    """Add the schedule's gradients to its parameters; return its part of the step's loss, 0-d.
+
+    That is the mean of `bound_terms`: with it the loss of the step is the whole bound."""
     config = trainer.config
     schedule = trainer.model.schedule
     scale = trainer.scaler.scale
@@ -51,9 +63,11 @@ def backward_through_schedule(
     x0 = x0[:ENDPOINT_ITEMS]
     indices = torch.arange(len(x0), device=x0.device)
     eps = normal(config.seed, "endpoint", k, indices, trainer.model.event)
-    ends = scale(endpoint_loss(schedule, x0, eps, trainer.dataset.is_image))
+    ends = bound_terms(schedule, x0, eps, trainer.dataset.is_image).mean()
+    ends = ends / config.grad_accumulation
     torch.autograd.backward(
-        [level, weight, ends / config.grad_accumulation],
+        [level, weight, scale(ends)],
         [grad_level, grad_weight, None],
         inputs=[schedule.network.endpoints],
     )
+    return ends.detach()

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ddp.forward import alpha_sigma, expand
+from ddp.forward import alpha_sigma, expand, to_double
 
 # log_snr -> the weight of |x0_hat - x0|^2, SNR being exp(log_snr).
 WEIGHTINGS = {
@@ -20,7 +20,8 @@ WEIGHTINGS = {
         log_snr.exp() + 1 / 0.5**2
     ),  # Karras et al. 2022, table 1, sigma_data 0.5
     # A weight of log_snr itself, not of the levels that are drawn: with per_log_snr the loss is the
-    # VLB's diffusion term in nats a dimension (Kingma et al. 2021, eq. 18).
+    # VLB's diffusion term in nats a dimension (Kingma et al. 2021, eq. 18). The other two terms are
+    # constants of a fixed schedule, and left out; of a learned one bound_terms adds them.
     "vlb": lambda log_snr: 0.5 * log_snr.exp(),
 }
 LOSSES = {
@@ -73,13 +74,13 @@ def vlb_reconstruction(
     log_snr,  # () or (B,), of the first step
     discrete,  # x0 is pixels of 256 values from -1 to 1, not a point with a density
 ):
-    """Return term 3, -log p(x0 | x_1) in nats, (B,).
+    """Return term 3, -log p(x0 | x_1) in nats, (B,) float64.
 
     p is a Gaussian about x0_hat whose std is the noise that is left, sigma / alpha; for pixels its
     mass in each of 256 bins (Ho et al. 2020, eq. 13)."""
-    std = expand(torch.exp(-0.5 * log_snr.double()), x0)
-    x0 = x0.double()
-    x0_hat = x0_hat.double()
+    x0 = to_double(x0)
+    x0_hat = to_double(x0_hat)
+    std = expand(torch.exp(-0.5 * to_double(log_snr)), x0)
     if not discrete:
         nll = 0.5 * ((x0 - x0_hat) / std) ** 2 + std.log() + 0.5 * math.log(2 * math.pi)
         return nll.flatten(1).sum(dim=1)

@@ -59,7 +59,10 @@ class DiffusionModel(nn.Module):
         log_snr,  # (), one level for all, or (B,)
         label=None,  # (B,), or None
     ):
-        """Return x0_hat, (B, *event): v-, eps-, x0- or flow-prediction becomes x0 here."""
+        """Return x0_hat, (B, *event): v-, eps-, x0- or flow-prediction becomes x0 here.
+
+        In the dtype of x_t, whatever the network computes in. Of an eps-model the error of the
+        output counts sigma / alpha times in x0_hat: in bfloat16 that is 0.1 at log_snr = -8."""
         alpha, sigma = alpha_sigma(log_snr, x_t)
         c_skip, c_out = PREDICTIONS[self.prediction](alpha, sigma)
         return c_skip * x_t + c_out * self.network(x_t, log_snr, label).to(x_t.dtype)

@@ -64,39 +64,50 @@ def lognormal(schedule, u, per_log_snr=False, *, mean, std, uniform_fraction):
 class Importance:
     """Draw t in proportion to the root mean square of the measured loss.
 
-    Nichol & Dhariwal 2021, eq. 18. Call `update` with the loss after each batch.
+    Nichol & Dhariwal 2021, eq. 18. Call `update` with the loss after each batch. Discrete time is
+    cut between steps, so that a level says which bin it was drawn from.
 
     Attribute: `loss_sq_ema`, (bins,), the moving average of the squared loss in each bin of t."""
 
     def __init__(self, schedule):
-        self.loss_sq_ema = torch.ones(min(IMPORTANCE_BINS, schedule.timesteps or IMPORTANCE_BINS))
+        steps = schedule.timesteps
+        bins = min(IMPORTANCE_BINS, steps or IMPORTANCE_BINS)
+        self.loss_sq_ema = torch.ones(bins)
+        edges = torch.arange(bins + 1)  # (bins + 1,), in bins, then in steps
+        if not steps:
+            self.edges = edges.double() / bins  # in t
+            self.inner_levels = schedule.log_snr(self.edges[1:-1])  # (bins - 1,) between bins
+            return
+        first = -(-edges * steps // bins)  # the first step of each bin; the last is T
+        self.edges = first.double() / steps
+        inner = first[1:-1]
+        self.inner_levels = (schedule.table[inner - 1] + schedule.table[inner]) / 2
 
     def __call__(self, schedule, u, per_log_snr=False):
         t = stratify(u.double())
         probabilities = self.bin_probabilities()
-        bins = len(probabilities)
         cdf = probabilities.cumsum(0)
-        bin_index = torch.searchsorted(cdf, t).clamp(max=bins - 1)
+        bin_index = torch.searchsorted(cdf, t).clamp(max=len(cdf) - 1)
         position = 1 - (cdf[bin_index] - t) / probabilities[bin_index]  # within the bin, 0 to 1
-        t = (bin_index + position.clamp(0, 1 - 1e-9)) / bins
-        weight = 1 / (bins * probabilities[bin_index])  # makes the estimate unbiased
+        width = self.edges.diff()[bin_index]
+        t = self.edges[bin_index] + position.clamp(0, 1 - 1e-9) * width
+        weight = width / probabilities[bin_index]  # makes the estimate unbiased
         return at_time(schedule, t, weight, per_log_snr)
 
     def bin_probabilities(self):
         """Return the probability of each bin, (bins,); 1% is uniform, so every bin is sampled."""
-        rms = self.loss_sq_ema.double().sqrt()
-        return 0.99 * rms / rms.sum() + 0.01 / len(rms)
+        width = self.edges.diff()
+        share = width * self.loss_sq_ema.double().sqrt()
+        return 0.99 * share / share.sum() + 0.01 * width
 
     @torch.no_grad()
     def update(self, schedule, log_snr, weighted_loss):
         """Remember the losses (B,), weighted by their noise distribution, at log_snr (B,)."""
-        probabilities = self.bin_probabilities()
-        bins = len(probabilities)
-        bin_upper_edge = schedule.log_snr(torch.arange(bins) / bins)  # the cleanest of each bin
-        level = 1e-6 - log_snr.double().cpu()
-        bin_index = torch.searchsorted(-bin_upper_edge, level, right=True) - 1
-        bin_index = bin_index.clamp_min(0)
-        loss = weighted_loss.double().cpu() * bins * probabilities[bin_index]  # without the weight
+        level = -log_snr.cpu().double()
+        bin_index = torch.searchsorted(-self.inner_levels, level, right=True)
+        weight = self.edges.diff() / self.bin_probabilities()  # (bins,)
+        loss = weighted_loss.cpu().double() / weight[bin_index]
+        bins = len(weight)
         count = torch.bincount(bin_index, minlength=bins)
         total = torch.bincount(bin_index, weights=loss**2, minlength=bins)
         mean = total / count.clamp_min(1)

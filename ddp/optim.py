@@ -7,8 +7,9 @@ import torch
 QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al. 2024
 ITERATIONS = 5
 # Muon's step in units of lr. A norm cancels the scale of the weights before it, so only the step
-# relative to their size counts (van Laarhoven 2017).
+# relative to their size counts (van Laarhoven 2017); without one the same step diverges.
 MUON_LR = 320.0
+BARE_MUON_LR = 20.0  # of weights that no norm follows
 SCHEDULE_LR = 30.0  # a learned schedule's step in units of lr: its ends are tens of nats apart
 
 
@@ -80,11 +81,11 @@ class Muon(torch.optim.Optimizer):
 def build_optimizers(model, optimizer="muon", weight_decay=0.01):
     """Return the optimizers of a DiffusionModel, and the factor on lr of each parameter group.
 
-    `muon` trains the scale-invariant weights (those that a norm follows) of a network that names
-    them, AdamW everything else; `adamw` trains all."""
+    `muon` trains the hidden weights of a network that names them, AdamW everything else; `adamw`
+    trains all. The norm sets the rate of Muon, but not which weights are Muon's."""
     hidden = []
-    if optimizer == "muon" and hasattr(model.network, "scale_invariant_weights"):
-        hidden = model.network.scale_invariant_weights()
+    if optimizer == "muon" and hasattr(model.network, "hidden_weights"):
+        hidden, scale_invariant = model.network.hidden_weights()
     muon_ids = {id(weight) for weight in hidden}
     adamw_params = [p for p in model.network.parameters() if id(p) not in muon_ids]
     groups = [{"params": adamw_params}]
@@ -97,4 +98,4 @@ def build_optimizers(model, optimizer="muon", weight_decay=0.01):
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused)
     if not hidden:
         return [adamw], lr_scales
-    return [adamw, Muon(hidden)], [*lr_scales, MUON_LR]
+    return [adamw, Muon(hidden)], [*lr_scales, MUON_LR if scale_invariant else BARE_MUON_LR]

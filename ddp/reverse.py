@@ -172,13 +172,11 @@ class ReverseNetwork(nn.Module):
             if child is not self.embedding:  # its frequencies would lose their digits
                 child.to(dtype)
 
-    def scale_invariant_weights(self):
-        """Return the weights that a norm follows: the loss does not depend on their scale."""
-        weights = []
-        for module in self.modules():
-            if isinstance(module, Block) and not isinstance(module.norm1, nn.Identity):
-                weights += [module.layer1.weight, module.layer2.weight]
-        return weights
+    def hidden_weights(self):
+        """Return the weights within the residual blocks, and whether a norm cancels their scale."""
+        blocks = [module for module in self.modules() if isinstance(module, Block)]
+        weights = [layer.weight for block in blocks for layer in (block.layer1, block.layer2)]
+        return weights, not isinstance(blocks[0].norm1, nn.Identity)
 
     def apply_stage(self, stage, x, embedding):
         for module in stage:
@@ -332,6 +330,7 @@ class MLP(ReverseNetwork):
 # The module maps x_t (B, *event) and log_snr, 0-d or (B,), both float32, and label, (B,) int64 or
 # None (no label; the number num_classes is the null label), to a tensor like x_t. Optional methods:
 #   fold_for_inference(dtype)  fuse norms and cast in place; without it: float32, nothing fused
-#   scale_invariant_weights()  2-d or 4-d weights that a norm follows, for Muon; without it: AdamW
+#   hidden_weights()           a list of 2-d or 4-d weights for Muon, and whether a norm follows all
+#                              of them, so that their scale does not matter; without it: AdamW
 # Any BatchNorm in it gets fresh statistics under the EMA weights; any nn.Dropout serves MC dropout.
 NETWORKS = {"unet": UNet, "mlp": MLP}

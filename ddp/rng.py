@@ -1,7 +1,8 @@
 """Random numbers as a function of position: keyed by (seed, purpose, counter, index).
 
-Item 7 gets the same noise in a batch of 1 and of 500, on every device, on one process or on four,
-in a resumed run and in an uninterrupted one. The generator is Philox (Salmon et al. 2011).
+Item 7 gets the same noise in a batch of 1 and of 500, on one process or on four, in a resumed run
+and in an uninterrupted one; on another device but for the rounding of log, cos and sin. The
+generator is Philox (Salmon et al. 2011), whose bits are the same everywhere.
 """
 
 import math

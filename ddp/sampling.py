@@ -2,8 +2,8 @@
 
 A sampler is a function of one step, step(x0_hat, x_t, log_snr_t, log_snr_s, ...) -> x_s, with x_t
 and x0_hat (B, *event) and 0-d float64 levels. By name it takes what it needs of `noise`, () ->
-N(0, I) like x_t; `denoise`; `history`, the (log_snr_t, x_t, x0_hat) of the two steps before, newest
-last; and `eta`. Every formula holds at log_snr_s = +inf, where the sample is clean, and at
+N(0, I) like x_t; `denoise`; `history`, the (log_snr_t, x_t, x0_hat) of up to three steps before,
+newest last; and `eta`. Every formula holds at log_snr_s = +inf, where the sample is clean, and at
 log_snr_t = -inf, where it is noise alone: the first and the last step need no special case.
 """
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ddp.forward import alpha_sigma, expand, q_posterior, q_step
+from ddp.forward import alpha_sigma, expand, q_posterior, q_step, q_step_sample
 from ddp.rng import normal
 from ddp.schedule import lookup
 
@@ -35,14 +35,19 @@ def ddpm_large(x0_hat, x_t, log_snr_t, log_snr_s, *, noise, **_):
     return mean + std * noise()
 
 
+def estimate_eps(x0_hat, x_t, log_snr_t):
+    """Return eps_hat (B, *event), made from x0_hat so that thresholding reaches it."""
+    alpha_t, sigma_t = alpha_sigma(log_snr_t, x_t)
+    return (x_t - alpha_t * x0_hat) / sigma_t
+
+
 def ddim(x0_hat, x_t, log_snr_t, log_snr_s, *, noise=None, eta=0.0, **_):
     """Take a DDIM step; eta 0 is deterministic, eta 1 has DDPM's variance.
 
     Song et al. 2021, eq. 12. It is also Euler's step of the probability-flow ODE in x / alpha over
     sigma / alpha (EDM; Karras et al. 2022, algorithm 1), and of a rectified flow over its t."""
-    alpha_t, sigma_t = alpha_sigma(log_snr_t, x_t)
     alpha_s, sigma_s = alpha_sigma(log_snr_s, x_t)
-    eps_hat = (x_t - alpha_t * x0_hat) / sigma_t  # from x0_hat, so that thresholding reaches it
+    eps_hat = estimate_eps(x0_hat, x_t, log_snr_t)
     if eta:
         fresh = eta**2 * -torch.expm1(log_snr_t - log_snr_s)  # fraction of sigma_s^2 drawn anew
         eps_hat = (1 - fresh).clamp_min(0).sqrt() * eps_hat + fresh.sqrt() * noise()
@@ -108,6 +113,27 @@ def unic_corrector(x0_hat, log_snr_t, history):
     return sigma_t / sigma_1 * x_1 - alpha_t * phi * (x0_hat_1 + change)
 
 
+# Adams & Bashforth's weights of the last 2, 3 and 4 slopes, newest first, each over their sum.
+ADAMS_BASHFORTH = ((3, -1), (23, -16, 5), (55, -59, 37, -9))
+
+
+def ipndm(x0_hat, x_t, log_snr_t, log_snr_s, *, history, **_):
+    """Take a step of iPNDM: Adams & Bashforth's, of order 1, 2 and 3 at the start and then 4.
+
+    Zhang & Chen 2023: DDIM with an extrapolated eps_hat, the slope of x / alpha over sigma / alpha.
+    The weights are those of steps of one length in sigma / alpha; on other grids its order is 2."""
+    x_s = ddim(x0_hat, x_t, log_snr_t, log_snr_s)
+    if not history:
+        return x_s
+    now = (log_snr_t, x_t, x0_hat)
+    slopes = [estimate_eps(x0, x, level) for level, x, x0 in (now, *reversed(history))]
+    weights = ADAMS_BASHFORTH[len(history) - 1]
+    ahead = sum(w * slope for w, slope in zip(weights, slopes, strict=True)) / sum(weights)
+    alpha_s, _ = alpha_sigma(log_snr_s, x_t)
+    length = torch.exp(-log_snr_s / 2) - torch.exp(-log_snr_t / 2)  # of the step, below 0
+    return x_s + alpha_s * length * (ahead - slopes[0])
+
+
 @dataclass(frozen=True)
 class Sampler:
     step: Callable  # (x0_hat, x_t, log_snr_t, log_snr_s, *, noise, denoise, history, eta) -> x_s
@@ -128,6 +154,7 @@ SAMPLERS = {
     "dpmpp_2m": Sampler(dpmpp_2m),
     "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, stochastic=True, steps=100),
     "unipc": Sampler(dpmpp_2m, corrector=unic_corrector),
+    "ipndm": Sampler(ipndm),
 }
 DEFAULT_SAMPLER = "unipc"
 
@@ -144,8 +171,7 @@ def clip_dynamic(x0_hat, quantile=0.995):
     """Clip each item at a quantile of its absolute values, if above 1, and divide by that.
 
     Dynamic thresholding: Saharia et al. 2022 (Imagen), section 2.3."""
-    limit = x0_hat.flatten(1).abs().quantile(quantile, dim=1).clamp_min(1)  # (B,)
-    limit = expand(limit, x0_hat)
+    limit = expand(x0_hat.flatten(1).abs().quantile(quantile, dim=1).clamp_min(1), x0_hat)
     return x0_hat.clamp(-limit, limit) / limit
 
 
@@ -191,12 +217,6 @@ def make_denoiser(
 # ---- the loop ----
 
 
-def q_step_sample(x_s, log_snr_s, log_snr_t, noise):
-    """Take one step of the forward network, a draw from q(x_t | x_s) at a noisier level."""
-    mean, variance = q_step(x_s, log_snr_s, log_snr_t)
-    return mean + variance.sqrt() * noise()
-
-
 def sample_loop(
     denoise,  # (x_t (B, *event), log_snr ()) -> x0_hat
     x_t,  # (B, *event), noise at grid[0]
@@ -225,7 +245,7 @@ def sample_loop(
             x_t = sampler.corrector(x0_hat, log_snr_t, history)
         context = {"noise": noise, "denoise": denoise, "history": history, **options}
         x_s = sampler.step(x0_hat, x_t, log_snr_t, log_snr_s, **context)
-        history = [*history[-1:], (log_snr_t, x_t, x0_hat)]
+        history = [*history[-2:], (log_snr_t, x_t, x0_hat)]
         x_t = x_s if project is None else project(x_s, log_snr_s)
         yield log_snr_s, x_t, x0_hat
 
@@ -273,6 +293,7 @@ def sample_trajectory(
 ):
     """Yield (log_snr, x_t, x0_hat) after every step from noise to data; the last x_t is x0.
 
+    In another batch a sample differs by rounding (1e-5 in float32): kernels go by the batch size.
     Raises ValueError for options that do not fit, or a model in training mode."""
     threshold = threshold or ("static" if model.is_image else "none")
     check_options(model, sampler, eta, s_churn, threshold, **guidance)

@@ -20,6 +20,8 @@ MAX_BETA = 0.999  # no single step may destroy everything: Nichol & Dhariwal 202
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0  # EDM, of sigma / alpha: Karras et al. 2022, table 1
 MIN_GRID_LOG_SNR = math.log(SIGMA_MAX**-2)  # sampling grids start at sigma / alpha <= 80
 MIN_LOG_SNR = -20.0  # stands for log_snr = -inf in sums and in figures
+MAX_LOG_SNR = 20.0  # beyond either, float32 cannot tell x_t from data, or from noise
+CHECKED_TIMES = 1001  # at which a schedule in continuous time must fall
 
 
 # ---- fixed schedules in continuous time: t (any shape) in [0, 1] -> log_snr ----
@@ -84,9 +86,12 @@ def scaled_linear_betas(timesteps):
 
 
 def betas_from(log_snr, timesteps):
-    """Return 1 - alpha^2(t + 1/T) / alpha^2(t) (Nichol & Dhariwal 2021, eq. 17)."""
+    """Return 1 - alpha^2(t) / alpha^2(t - 1/T), t = 1/T, ..., 1 (Nichol & Dhariwal 2021, eq. 17).
+
+    Their product is alpha^2(t) itself: the first step starts from data, whose alpha is 1."""
     t = torch.linspace(0, 1, timesteps + 1, dtype=torch.float64)
     alpha2 = torch.sigmoid(log_snr(t))
+    alpha2[0] = 1.0  # a schedule with noise at t = 0, such as karras, has less there
     return 1 - alpha2[1:] / alpha2[:-1]
 
 
@@ -104,7 +109,9 @@ class MonotoneNetwork(nn.Module):
     """The learned schedule: log_snr(t) = a + (b - a) m(t), with trained end points a and b.
 
     m is a convex combination of fixed sigmoids, hence monotone. Kingma et al. 2021, appendix H,
-    train where the sigmoids stand, too; fixed, training is stable at 100 times that rate."""
+    train where the sigmoids stand, too; fixed, training is stable at 100 times that rate. The ends
+    stay within [-20, 20]: float32 would take the VLB's diffusion term for 0 beyond. It computes
+    where t is, that is on the CPU."""
 
     def __init__(self, units=32):
         super().__init__()
@@ -113,11 +120,12 @@ class MonotoneNetwork(nn.Module):
         self.units = units
 
     def forward(self, t):
-        weights = torch.softmax(self.logits, dim=0).to(t.dtype)  # (units + 2,)
+        weights = torch.softmax(self.logits.to(t.device), dim=0).to(t.dtype)  # (units + 2,)
         low = self.monotone(t.new_zeros(()), weights)
         high = self.monotone(t.new_ones(()), weights)
         m = (self.monotone(t, weights) - low) / (high - low)  # 0 to 1
-        return self.endpoints[0] + (self.endpoints[1] - self.endpoints[0]) * m
+        clean, noisy = self.endpoints.to(t.device).clamp(MIN_LOG_SNR, MAX_LOG_SNR)
+        return clean + (noisy - clean) * m
 
     def monotone(self, t, weights):
         centers = torch.arange(self.units + 2, device=t.device) - 0.5
@@ -167,6 +175,8 @@ class Schedule(nn.Module):
         entry = lookup(SCHEDULES, name, "schedule")
         if timesteps < 0:
             raise ValueError(f"timesteps={timesteps} is negative; use 0 for continuous time")
+        if not 0 < shift < math.inf:
+            raise ValueError(f"shift={shift}: expected a positive number; 1 is no shift")
         if entry.trained and timesteps:
             raise ValueError(f"schedule={name} is continuous; give timesteps=0")
         self.name = name
@@ -176,11 +186,37 @@ class Schedule(nn.Module):
         self.function = entry.log_snr
         self.network = entry.log_snr() if entry.trained else None
         self.table = None
-        if timesteps:
-            betas = entry.betas(timesteps) if entry.betas else betas_from(entry.log_snr, timesteps)
-            alpha2 = torch.cumprod(1 - betas.clamp(max=MAX_BETA), dim=0)
-            table = torch.logit(alpha2)
-            self.table = self.shift_and_rescale(table, table[0], table[-1])
+        with torch.device("cpu"):  # levels are numbers of the CPU, of a model on "meta", too
+            if timesteps:
+                self.table = self.make_table(entry)
+            if not entry.trained:
+                self.require_falling()
+
+    def make_table(self, entry):
+        if entry.betas:
+            betas = entry.betas(self.timesteps)
+        else:
+            betas = betas_from(entry.log_snr, self.timesteps)
+        alpha2 = torch.cumprod(1 - betas.clamp(max=MAX_BETA), dim=0)
+        log_snr = torch.logit(alpha2)
+        return self.shift_and_rescale(log_snr, log_snr[0], log_snr[-1])
+
+    def require_falling(self):
+        """Raise ValueError when log_snr does not fall from t = 0 to t = 1, or is not a number."""
+        levels = self.table
+        if levels is None:
+            t = torch.linspace(0, 1, CHECKED_TIMES, dtype=torch.float64)
+            levels = Schedule.log_snr(self, t)  # that of a subclass may not be ready
+        if levels.is_meta:  # a model that is built to compare shapes has no numbers
+            return
+        falls = levels.diff() < 0  # False for NaN
+        bounded = levels[:1].isfinite() & ~levels[-1:].isnan()
+        if not (falls.all() and bounded.all()):
+            raise ValueError(
+                f"schedule={self.name}: expected log_snr to fall from t = 0 (data) to t = 1 "
+                f"(noise), and to be finite between; it goes from {levels[0]:.4g} to "
+                f"{levels[-1]:.4g}, and does not fall at {(~falls).sum()} of {len(falls)} steps"
+            )
 
     def shift_and_rescale(self, log_snr, clean, noisy):
         log_snr = log_snr - self.offset
@@ -189,20 +225,27 @@ class Schedule(nn.Module):
         return zero_terminal(log_snr, clean - self.offset, noisy - self.offset)
 
     def log_snr(self, t):
-        """Return log_snr, float64, at t (any shape) in [0, 1]; discrete: of step floor(t T)."""
-        t = torch.as_tensor(t, dtype=torch.float64)
+        """Return log_snr, float64 on the CPU, at t (any shape, CPU) in [0, 1].
+
+        In discrete time it is that of step floor(t T)."""
         if self.table is not None:
             return self.table[self.step_at(t)]
+        t = torch.as_tensor(t, dtype=torch.float64)
         if self.network is not None:
-            return self.network(t.to(self.network.endpoints.device)) - self.offset
+            return self.network(t) - self.offset
         inner = TIME_MARGIN + (1 - 2 * TIME_MARGIN) * t
         clean = self.function(TIME_MARGIN + (1 - 2 * TIME_MARGIN) * t.new_zeros(()))
         noisy = self.function(TIME_MARGIN + (1 - 2 * TIME_MARGIN) * t.new_ones(()))
         return self.shift_and_rescale(self.function(inner), clean, noisy)
 
     def step_at(self, t):
-        """Return the index into `table` of time t."""
-        return (t * self.timesteps).long().clamp(0, self.timesteps - 1)
+        """Return the index into `table` of time t, floor(t T).
+
+        i / T is step i, though rounded to float32 or float64 it may lie below."""
+        t = t if isinstance(t, torch.Tensor) else torch.tensor(t, dtype=torch.float64)
+        rounding = 2 * torch.finfo(t.dtype).eps
+        step = torch.floor(t.double() * self.timesteps * (1 + rounding))
+        return step.long().clamp(0, self.timesteps - 1)
 
     def neg_dlogsnr_dt(self, t):
         """Return -d log_snr / dt at t (B,), the rate at which the VLB's integral grows.
@@ -225,7 +268,8 @@ class Schedule(nn.Module):
     def sampling_grid(self, steps, spacing="trailing"):
         """Return the levels to sample along, (steps + 1,) float64, rising to log_snr = +inf.
 
-        spacing: a key of SPACINGS. Raises ValueError when steps < 1 or, in discrete time, > T."""
+        spacing: a key of SPACINGS. Raises ValueError when steps < 1 or, in discrete time, > T, and
+        when they do not rise, as those of a learned schedule may whose training diverged."""
         if steps < 1:
             raise ValueError(f"steps={steps} is less than 1; use at least 1")
         if self.timesteps and steps > self.timesteps:
@@ -236,6 +280,11 @@ class Schedule(nn.Module):
         levels = lookup(SPACINGS, spacing, "spacing")(
             self, steps
         )  # (steps,), from the noisiest level
+        if not (levels.diff() > 0).all():
+            raise ValueError(
+                f"schedule={self.name}, spacing={spacing}, steps={steps}: the levels do not rise; "
+                "use fewer steps, or a model whose training did not diverge"
+            )
         return F.pad(levels.cpu(), (0, 1), value=math.inf)  # the clean level comes last
 
 
@@ -244,18 +293,19 @@ class Schedule(nn.Module):
 
 def trailing(schedule, steps):
     """Space evenly in t, from the noisiest level on (Lin et al. 2024, section 3.3)."""
-    t = torch.arange(steps, 0, -1, dtype=torch.float64) / steps  # 1, ..., 1 / steps
+    k = torch.arange(steps, 0, -1, dtype=torch.float64)  # t = k / steps: 1, ..., 1 / steps
     if schedule.table is None:
-        return schedule.log_snr(t)
-    return schedule.table[(t * schedule.timesteps).round().long() - 1]
+        return schedule.log_snr(k / steps)
+    return schedule.table[(k * schedule.timesteps / steps).round().long() - 1]
 
 
 def uniform(schedule, steps):
     """Space evenly in t, from the noisiest level to the cleanest."""
-    t = torch.linspace(1, 0, steps, dtype=torch.float64)
     if schedule.table is None:
-        return schedule.log_snr(t)
-    return schedule.table[(t * (schedule.timesteps - 1)).round().long()]
+        return schedule.log_snr(torch.linspace(1, 0, steps, dtype=torch.float64))
+    last = max(steps - 1, 1)
+    k = torch.arange(last, -1, -1, dtype=torch.float64)[:steps]  # t = k / last: 1, ..., 0
+    return schedule.table[(k * (schedule.timesteps - 1) / last).round().long()]
 
 
 def even_log_snr(schedule, steps):

@@ -40,6 +40,19 @@ class Gaussian:
         normal = torch.distributions.Normal(self.mean, self.sd)
         return normal.log_prob(x0).flatten(1).sum(dim=1)
 
+    def vlb(self, clean, noisy):
+        """The bound between two levels and its diffusion term alone, floats, nats a dimension.
+
+        In continuous time, with the reconstruction term of x_t / alpha."""
+        level = torch.linspace(noisy, clean, 20_001, dtype=torch.float64)
+        signal = level.exp() * self.sd**2
+        rate = 0.5 * signal / (1 + signal)  # SNR / 2 E|x0 - x0_hat|^2
+        diffusion = torch.trapezoid(rate, level).item()
+        sigma2 = 1 / (1 + math.exp(noisy))
+        prior = (1 - sigma2) * (self.mean**2 + self.sd**2) + sigma2 - 1 - math.log(sigma2)
+        reconstruction = 1 + math.log(2 * math.pi) - clean
+        return 0.5 * prior + diffusion + 0.5 * reconstruction, diffusion
+
     def sample(self, count, seed=0, dtype=torch.float32):
         generator = torch.Generator().manual_seed(seed)
         return self.mean + self.sd * torch.randn(
@@ -174,3 +187,13 @@ class OracleModel:
 
     def eval(self):
         return self
+
+
+class WithoutFloat64(torch.Tensor):
+    """A tensor of a device without float64, such as Apple's MPS."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)

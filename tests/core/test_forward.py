@@ -5,8 +5,10 @@ import math
 
 import pytest
 import torch
+from oracles import WithoutFloat64
 
-from ddp.forward import alpha_sigma, expand, q_posterior, q_sample, q_step
+from ddp.forward import alpha_sigma, expand, q_posterior, q_sample, q_step, to_double
+from ddp.loss import vlb_reconstruction
 from ddp.schedule import Schedule, ddpm_betas
 
 
@@ -114,3 +116,20 @@ def test_level_for_all_does_not_depend_on_how_many():
     x0, eps = torch.randn(2, 64, 2)
     for level in torch.linspace(-8, 8, 200):
         assert torch.equal(q_sample(x0, level, eps)[:1], q_sample(x0[:1], level, eps[:1]))
+
+
+def test_to_double_goes_to_the_cpu_where_a_device_has_no_float64():
+    x = torch.randn(5)
+    for given in (x, x.as_subclass(WithoutFloat64)):
+        double = to_double(given)
+        assert type(double) is torch.Tensor
+        assert torch.equal(double, x.double())
+
+
+@pytest.mark.parametrize("discrete", [True, False])
+def test_reconstruction_needs_no_float64_of_its_device(discrete):
+    x0, x0_hat = torch.randn(2, 7, 2).clamp(-1, 1)
+    log_snr = torch.full((7,), 3.0)
+    expected = vlb_reconstruction(x0, x0_hat, log_snr, discrete)
+    given = [x.as_subclass(WithoutFloat64) for x in (x0, x0_hat, log_snr)]
+    assert torch.equal(vlb_reconstruction(*given, discrete), expected)

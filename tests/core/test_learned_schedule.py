@@ -1,4 +1,7 @@
-"""The gradient of a learned schedule: against autograd, by hand, and by what it achieves."""
+"""The gradient of a learned schedule: against autograd, by hand, and by what it achieves; and the
+loss that is reported of it, the whole bound."""
+
+import math
 
 import pytest
 import torch
@@ -6,7 +9,7 @@ from oracles import Gaussian
 from tiny import random_points, tiny_trainer
 
 from ddp.forward import q_sample
-from ddp.learned_schedule import backward_through_schedule, endpoint_loss
+from ddp.learned_schedule import backward_through_schedule, bound_terms
 from ddp.loss import denoising_loss
 from ddp.rng import normal
 
@@ -57,7 +60,7 @@ def test_gradients_are_of_the_square_between_the_ends_and_of_the_vlb_at_the_ends
     level, weight = trainer.draw_levels(3, len(x0))
     f = weight * losses_at(trainer, 3, x0, level)
     eps = normal(trainer.config.seed, "endpoint", 3, torch.arange(len(x0)), (2,))
-    vlb = f.mean() + endpoint_loss(schedule, x0, eps, discrete=False)
+    vlb = f.mean() + bound_terms(schedule, x0, eps, discrete=False).mean()
     (between,) = torch.autograd.grad((f**2).mean(), [schedule.network.logits], retain_graph=True)
     (ends,) = torch.autograd.grad(vlb, [schedule.network.endpoints])
     expected = {"logits": between / grad_accumulation, "endpoints": ends / grad_accumulation}
@@ -114,6 +117,65 @@ def test_learned_schedule_lowers_the_variance_and_keeps_the_mean():
     mean_after, variance_after = moments()
     assert mean_after == pytest.approx(mean, rel=0.03)
     assert variance_after < 0.5 * variance
+
+
+def set_ends(trainer, clean, noisy):
+    """Move the ends of the schedule that is trained, and of its average."""
+    for model in (trainer.model, trainer.ema):
+        with torch.no_grad():
+            model.schedule.network.endpoints.copy_(torch.tensor([clean, noisy]))
+
+
+@pytest.mark.parametrize("ends", [(13.0, -9.0), (6.0, -4.0), (0.1, -0.1), (0.1, -9.0)])
+def test_reported_loss_is_the_bound(ends):
+    """Moving the ends alone takes the diffusion term to nothing while the bound gets worse."""
+    trainer = gaussian_trainer()
+    set_ends(trainer, *ends)
+    x0 = DATA.sample(20_000)
+    with torch.no_grad():
+        level, weight = trainer.draw_levels(0, len(x0), "test")
+        f = (weight * losses_at(trainer, 0, x0, level)).mean().item()
+        terms = bound_terms(trainer.model.schedule, x0, trainer.eps(0, x0), discrete=False)
+    assert terms.shape == (20_000,)
+    assert terms.dtype == torch.float32
+    bound, diffusion = DATA.vlb(*ends)
+    tolerance = 0.02 * diffusion + 0.01  # f is an estimate, of one level for each item
+    assert f == pytest.approx(diffusion, abs=tolerance)
+    assert f + terms.mean().item() == pytest.approx(bound, abs=tolerance)
+
+
+def test_bound_falls_only_where_it_is_better():
+    wide, diffusion = DATA.vlb(13.0, -9.0)
+    narrow, little = DATA.vlb(0.1, -0.1)
+    assert little < 0.1 * diffusion  # what was reported before
+    assert narrow > wide + 0.5
+
+
+@pytest.mark.parametrize("dataset", ["points", "digits"])
+def test_steps_loss_is_the_bound(dataset):
+    data = random_points() if dataset == "points" else dataset
+    trainer = tiny_trainer(data, schedule="learned", grad_accumulation=2)
+    diffusion = ends = 0.0
+    for k in range(2):
+        x0, _ = trainer.training_batch(k, trainer.config.batch_size, trainer.config.noise_copies)
+        log_snr, weight = trainer.sample_log_snr(k, len(x0))
+        trainer.model.train()
+        diffusion += (weight * losses_at(trainer, k, x0, log_snr)).mean().item() / 2
+        some = x0[:64]
+        eps = normal(trainer.config.seed, "endpoint", k, torch.arange(len(some)), x0.shape[1:])
+        terms = bound_terms(trainer.model.schedule, some, eps, trainer.dataset.is_image)
+        ends += terms.mean().item() / 2
+    stats = trainer.train_step(0.0)
+    assert stats.loss.item() == pytest.approx(diffusion + ends, rel=1e-3)
+
+
+@pytest.mark.parametrize("ends", [(-9.0, 13.0), (3.0, 3.0), (math.nan, -9.0), (1e5, 1e6)])
+def test_bound_of_a_schedule_whose_ends_crossed_is_infinite(ends):
+    trainer = learned_trainer()
+    set_ends(trainer, *ends)
+    x0 = DATA.sample(5)
+    terms = bound_terms(trainer.model.schedule, x0, torch.ones_like(x0), discrete=False)
+    assert (terms == math.inf).all()
 
 
 def test_train_step_trains_the_schedule_and_its_average():

@@ -63,6 +63,23 @@ def test_denoise_gives_x0_back_for_the_right_output(prediction):
     torch.testing.assert_close(model.denoise(q_sample(x0, log_snr, eps), log_snr), x0)
 
 
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_x0_hat_is_made_in_the_dtype_of_x_t_whatever_the_network_computes_in(prediction):
+    """What bfloat16 costs is the error of its output, times c_out: most of all of eps."""
+    x_t = torch.randn(16, 2)
+    output = torch.randn(16, 2).bfloat16()
+    log_snr = torch.tensor(-8.0)
+    model = DiffusionModel(Schedule(), Fixed(output), prediction, (2,))
+    c_skip, c_out = PREDICTIONS[prediction](*alpha_sigma(log_snr, x_t))
+    expected = c_skip * x_t + c_out * output.float()
+    x0_hat = model.denoise(x_t, log_snr)
+    assert x0_hat.dtype == torch.float32
+    assert torch.equal(x0_hat, expected)
+    gain = abs(float(c_out))
+    assert (gain > 50) == (prediction == "eps")  # 2^-9 of it is a tenth of the range
+    assert gain <= 1 or prediction == "eps"
+
+
 @pytest.mark.parametrize("prediction", ["x0", "v", "flow"])
 def test_denoise_of_noise_alone_is_finite(prediction):
     """As zero_terminal_snr needs; eps says nothing of x0 there, and Config refuses it."""
@@ -140,7 +157,6 @@ def test_for_inference_leaves_no_batchnorm_and_a_float32_embedding(event):
     assert not any(parameter.requires_grad for parameter in ready.parameters())
     _, log_snr = noised_items(event)
     assert torch.equal(ready.network.embedding(log_snr), model.network.embedding(log_snr))
-    assert ready.network.scale_invariant_weights() == []
     for name, parameter in ready.network.named_parameters():
         embedding = name.startswith("embedding.")
         assert parameter.dtype == (torch.float32 if embedding else torch.bfloat16), name

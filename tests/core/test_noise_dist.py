@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from oracles import WithoutFloat64
 
 from ddp.noise_dist import IMPORTANCE_BINS, NOISE_DISTS, build_noise_dist
 from ddp.schedule import SCHEDULES, Schedule
@@ -54,7 +55,7 @@ def test_stratified_trains_every_discrete_step():
     assert set(log_snr.tolist()) == set(schedule.table.float().tolist())
 
 
-@pytest.mark.parametrize("timesteps", [0, 10, 1000])
+@pytest.mark.parametrize("timesteps", [0, 10, 100, 1000])
 @pytest.mark.parametrize("name", OVER_T)
 @pytest.mark.parametrize("per_log_snr", [False, True])
 def test_over_t_estimates_the_mean(timesteps, name, per_log_snr):
@@ -92,6 +93,38 @@ def test_importance_learns_where_the_loss_is(timesteps):
     probabilities = dist.bin_probabilities()
     assert probabilities.argmax() == 0
     assert probabilities.sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("timesteps", [*range(1, 66), 100, 127, 130, 1000, 0])
+def test_importance_keeps_even_shares_of_an_even_loss(timesteps):
+    """Every bin is observed, and its loss is that of its own items."""
+    schedule = Schedule("cosine", timesteps)
+    dist = build_noise_dist("importance", schedule)
+    bins = len(dist.loss_sq_ema)
+    dist.loss_sq_ema.copy_(torch.linspace(0.5, 2.0, bins) ** 2)  # uneven at the start
+    for step in range(90):
+        log_snr, weight = dist(schedule, draws(256, step))
+        dist.update(schedule, log_snr, 3.0 * weight)
+    torch.testing.assert_close(dist.loss_sq_ema, torch.full((bins,), 9.0), rtol=0.01, atol=0)
+    log_snr, weight = dist(schedule, draws(4096))
+    assert weight.min() > 0.99
+    assert weight.max() < 1.01
+    if timesteps:
+        steps = torch.searchsorted(-schedule.table, 1e-6 - log_snr.double(), right=True) - 1
+        count = torch.bincount(steps, minlength=timesteps)
+        assert count.min() >= 4096 // timesteps - 2
+        assert count.max() <= 4096 // timesteps + 3
+
+
+def test_importance_needs_no_float64_of_the_losss_device():
+    schedule = Schedule("cosine", 0)
+    one = build_noise_dist("importance", schedule)
+    other = build_noise_dist("importance", schedule)
+    log_snr, weight = one(schedule, draws(256))
+    loss = weight * torch.exp(log_snr / 2)
+    one.update(schedule, log_snr, loss)
+    other.update(schedule, *(x.as_subclass(WithoutFloat64) for x in (log_snr, loss)))
+    assert torch.equal(one.loss_sq_ema, other.loss_sq_ema)
 
 
 def test_importance_goes_on_from_its_state():

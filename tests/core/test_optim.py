@@ -6,8 +6,17 @@ from tiny import TINY, random_points
 from torch import nn
 
 from ddp.config import Config
-from ddp.model import DiffusionModel, build_model
-from ddp.optim import MUON_LR, SCHEDULE_LR, Muon, as_matrix, build_optimizers, orthogonalize
+from ddp.model import PREDICTIONS, DiffusionModel, build_model
+from ddp.optim import (
+    BARE_MUON_LR,
+    MUON_LR,
+    SCHEDULE_LR,
+    Muon,
+    as_matrix,
+    build_optimizers,
+    orthogonalize,
+)
+from ddp.reverse import ACTIVATIONS, INITS, NORMS
 from ddp.schedule import Schedule
 
 SHAPES = [(8, 24), (16, 16), (8, 24), (24, 8), (32, 9), (8, 24)]
@@ -101,11 +110,39 @@ def test_build_optimizers_trains_every_weight_once(event, norm, schedule, optimi
     if schedule == "learned":
         expected_scales.append(SCHEDULE_LR)
         assert groups[1]["weight_decay"] == 0
-    if optimizer == "muon" and norm != "none":
-        expected_scales.append(MUON_LR)
-        hidden = model.network.scale_invariant_weights()
+    if optimizer == "muon":
+        hidden, scale_invariant = model.network.hidden_weights()
+        assert scale_invariant == (norm != "none")
+        expected_scales.append(MUON_LR if scale_invariant else BARE_MUON_LR)
         assert parameter_ids(optimizers[1]) == [id(weight) for weight in hidden]
     assert lr_scales == expected_scales
+
+
+def muon_names(event, **fields):
+    """Return the names of the weights that Muon trains."""
+    config = Config(**TINY, **fields).resolve(random_points(event=event))
+    model = build_model(config, event)
+    ids = parameter_ids(build_optimizers(model, "muon")[0][1])
+    return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
+
+
+@pytest.mark.parametrize("event", [(1, 8, 8), (2,)])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *({"norm": norm} for norm in NORMS),
+        *({"activation": activation} for activation in ACTIVATIONS),
+        *({"init": init} for init in INITS),
+        *({"prediction": prediction} for prediction in PREDICTIONS),
+        {"dropout": 0.1},
+        {"timesteps": 0},
+    ],
+    ids=str,
+)
+def test_optimizer_of_a_weight_does_not_depend_on_what_is_compared(event, variant):
+    names = muon_names(event, **variant)
+    assert names == muon_names(event)
+    assert len(names) >= 2
 
 
 def test_build_optimizers_takes_a_foreign_network():

@@ -145,16 +145,19 @@ def test_batchnorm_follows_its_layer_so_that_it_folds(name):
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("name", NAMES)
-def test_scale_invariant_weights_are_scale_invariant(name, norm):
-    """In training mode twice the weight is the same function; Muon relies on it."""
+def test_hidden_weights_are_those_of_the_blocks_and_scale_invariant_before_a_norm(name, norm):
+    """In training mode twice the weight is the same function; Muon's step is chosen for that."""
     network = build(name, norm=norm, channels_base=128, init="default").train()
-    weights = network.scale_invariant_weights()
-    assert len(weights) == (0 if norm == "none" else 2 * len(blocks_of(network)))
+    weights, scale_invariant = network.hidden_weights()
+    assert scale_invariant == (norm != "none")
+    assert len(weights) == 2 * len(blocks_of(network))
     before = network(*inputs(EVENTS[name], 32))
     with torch.no_grad():
         for weight in weights:
             weight *= 2
-    torch.testing.assert_close(network(*inputs(EVENTS[name], 32)), before, rtol=1e-2, atol=1e-3)
+    after = network(*inputs(EVENTS[name], 32))
+    close = torch.allclose(after, before, rtol=1e-2, atol=1e-3)
+    assert close == (norm != "none")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -25,6 +25,7 @@ from ddp.sampling import (
     ddpm,
     default_steps,
     guide_x0,
+    ipndm,
     make_denoiser,
     sample,
     sample_loop,
@@ -268,12 +269,9 @@ def edm_sampler(denoise, x, sigmas, churn, noises):
 @pytest.mark.parametrize("s_churn", [0.0, 3.0, 40.0])
 def test_heun_with_churn_is_edm(prediction, steps, s_churn):
     x_t, noises = start(steps)
-    ramp = torch.linspace(0, 1, steps, **DOUBLE)
+    ramp = torch.linspace(0, 0.999, steps, **DOUBLE)  # a table's first step is that of t = 1 / T
     sigmas = (80 ** (1 / 7) + ramp * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7  # their eq. 5
-    schedule = Schedule("karras", 1000)
-    schedule.table[0] = -2 * math.log(0.002)
-    schedule.table[-1] = -2 * math.log(80)
-    grid = schedule.sampling_grid(steps, "karras")
+    grid = Schedule("karras", 1000).sampling_grid(steps, "karras")
     torch.testing.assert_close(grid[:-1], -2 * sigmas.log())
     denoise = denoiser(prediction)
 
@@ -318,6 +316,23 @@ def test_euler_is_edms_of_diffusers(s_churn, steps, monkeypatch):
     compare(states, expected, tolerance=3e-5)
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "zero"])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 20])
+def test_ipndm_is_that_of_diffusers(schedule, steps):
+    diffusers = pytest.importorskip("diffusers")
+    x_t, _ = start(steps)
+    grid = trailing(table_of(schedule, finite=True), steps)
+    scheduler = diffusers.IPNDMScheduler()
+    scheduler.set_timesteps(steps)
+    scheduler.alphas, scheduler.betas = alpha_sigma(grid, grid)  # what they call the sigmas
+    expected = []
+    x = x_t
+    for log_snr, t in zip(grid, scheduler.timesteps, strict=False):
+        x = scheduler.step(network(x, log_snr.expand(len(x))), t, x).prev_sample
+        expected.append(x)
+    compare(our_states(denoiser("v"), x_t, grid, [], "ipndm"), expected)
+
+
 # ---- samplers against each other and against their limits ----
 
 
@@ -330,7 +345,7 @@ def test_noise_alone_is_the_limit_of_much_noise(sampler):
     one = our_states(denoiser("v"), x_t, finite, noises, sampler)
     other = our_states(denoiser("v"), x_t, infinite, noises, sampler)
     # the multistep solvers' line through x0_hat at -60 is not quite level
-    multistep = sampler in ("dpmpp_2m", "dpmpp_2m_sde", "unipc")
+    multistep = sampler in ("dpmpp_2m", "dpmpp_2m_sde", "unipc", "ipndm")
     compare(one, other, tolerance=0.05 if multistep else 1e-6)
 
 
@@ -447,7 +462,7 @@ def exact_flow():
 
 @pytest.mark.parametrize(
     ("sampler", "order"),
-    [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 3)],
+    [("ddim", 1), ("euler", 1), ("heun", 2), ("dpmpp_2m", 2), ("unipc", 3), ("ipndm", 2)],
 )
 def test_solver_converges_at_its_order(sampler, order):
     """UniPC's corrector adds one to the order 2 of its predictor (Zhao et al. 2023, thm. 3.1)."""
@@ -459,6 +474,27 @@ def test_solver_converges_at_its_order(sampler, order):
         errors.append((x - exact).square().mean().sqrt())
     slope = math.log(errors[0] / errors[1]) / math.log(512 / 128)
     assert abs(slope - order) < 0.2, slope
+
+
+@pytest.mark.parametrize("past", [0, 1, 2, 3])
+def test_ipndm_step_has_the_order_of_its_past_where_steps_are_even_in_sigma(past):
+    """Of a Gaussian x / alpha = mean + c sqrt(sd^2 + (sigma / alpha)^2), exactly.
+
+    From exact states the error of one step falls with the power past + 2."""
+    data = Gaussian(0.3, 0.5, (3,))
+    c = torch.tensor([[-1.0, 0.5, 2.0]], **DOUBLE)
+    errors = []
+    for length in (0.02, 0.01):
+        ratio = 1.0 + length * torch.arange(past, -2, -1, **DOUBLE)  # sigma / alpha of the levels
+        levels = -2 * ratio.log()
+        past_and_now = []
+        for level, r in zip(levels, ratio, strict=True):
+            x = alpha_sigma(level, c)[0] * (0.3 + c * (0.5**2 + r**2).sqrt())
+            past_and_now.append((level, x, data.denoise(x, level)))
+        *history, (log_snr_t, x_t, x0_hat), (log_snr_s, exact, _) = past_and_now
+        x_s = ipndm(x0_hat, x_t, log_snr_t, log_snr_s, history=history)
+        errors.append((x_s - exact).norm())
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(past + 2, abs=0.2)
 
 
 def test_noise_is_added_again_where_the_levels_fall():
