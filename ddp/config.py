@@ -10,7 +10,7 @@ from pathlib import Path
 from ddp.loss import LOSSES, WEIGHTINGS
 from ddp.model import PREDICTIONS
 from ddp.noise_dist import NOISE_DISTS
-from ddp.options import check_fields, flag, image_size, integers
+from ddp.options import HIDDEN, check_fields, flag, image_size, integers, shown
 from ddp.reverse import ACTIVATIONS, INITS, NETWORKS, NORMS
 from ddp.schedule import SCHEDULES
 from ddp.training import LR_SCHEDULES
@@ -20,6 +20,8 @@ DEFAULT_EPOCHS = 100
 # levels only where almost nothing is left to predict
 DEFAULT_WEIGHTING = {"x0": "min_snr", "eps": "snr", "v": "v", "flow": "flow"}
 OPTIMIZERS = ("muon", "adamw")
+MAX_NAME = 200  # characters; file systems take 255, and something may come behind it
+MAX_STEP_ITEMS = 2**24  # of which a step takes the mean; more are a slip of the keyboard
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 # What is chosen for the data where nothing else is said: by the dataset's name, else "images" or
@@ -94,19 +96,20 @@ class Config:
     epochs: float = flag(None, "passes over the data (default: 100)", float, above=0)
     max_steps: int = flag(None, "stop after this many steps", int, at_least=1)
     max_minutes: float = flag(
-        None, "stop after this many minutes; alone, it governs the run", float, above=0
+        None, "stop after this many minutes; alone, it plans the steps", float, above=0
     )
+    planned_steps: int = flag(None, HIDDEN, int, at_least=1)  # what max_minutes alone came to
     # optimization
-    lr: float = flag(1e-3, "peak learning rate", above=0)
+    lr: float = flag(1e-3, "peak learning rate", above=0, at_most=10**6)
     batch_size: int = flag(128, "items in a batch", at_least=1, at_most=2**20)
     optimizer: str = flag(
-        "muon", "optimizer of weights followed by a norm; the rest use AdamW", choices=OPTIMIZERS
+        "muon", "optimizer of the weights within blocks; the rest use AdamW", choices=OPTIMIZERS
     )
     lr_schedule: str = flag("cosine", "course of the learning rate", choices=LR_SCHEDULES)
     warmup: int = flag(100, "steps in which the learning rate rises", at_least=0)
-    weight_decay: float = flag(0.01, "AdamW's weight decay", at_least=0)
+    weight_decay: float = flag(0.01, "AdamW's weight decay", at_least=0, at_most=10**6)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is no limit", at_least=0)
-    grad_accumulation: int = flag(1, "batches in a step", at_least=1)
+    grad_accumulation: int = flag(1, "batches in a step", at_least=1, at_most=2**16)
     noise_copies: int = flag(
         None,
         "noisy copies of each item in a batch (default: by dataset)",
@@ -193,21 +196,51 @@ class Config:
             self.timesteps = 0 if learned else 1000
         if self.weighting is None:
             self.weighting = "vlb" if learned else DEFAULT_WEIGHTING.get(self.prediction, "uniform")
-        vlb = self.weighting == "vlb"
-        zero = self.zero_terminal_snr
-        if self.noise_dist is None and (vlb or self.schedule != Config.schedule):
+        if self.noise_dist is None and (
+            self.weighting == "vlb" or self.schedule != Config.schedule
+        ):
             self.noise_dist = "stratified"  # a schedule that was chosen says what is drawn
-        dist = NOISE_DISTS[self.noise_dist or "stratified"]
-        is_name = not self.name or (self.name == Path(self.name).name and self.name != "..")
-        drops_labels = self.label_dropout != Config.label_dropout
-        slopes = self.negative_slope != Config.negative_slope
-        for wrong, message in (
+        for wrong, message in (*self.slips(), *self.contradictions()):
+            if wrong:
+                raise ValueError(message)
+
+    def slips(self):
+        """Return pairs (what is wrong with single fields or with the run's size, message)."""
+        name = self.name or "run"
+        is_name = name == Path(name).name and name != ".." and name.isprintable()
+        step_items = self.batch_size * self.grad_accumulation * (self.noise_copies or 1)
+        by_steps = self.epochs is not None or self.max_steps is not None
+        return (
             (not self.dataset, "dataset='': expected a name; a place is given by data_dir"),
-            (not is_name, f"name={self.name}: expected a name; a place is given by out_dir"),
+            (
+                not is_name or len(name) > MAX_NAME,
+                f"name={shown(name)}: expected a name; a place is given by out_dir",
+            ),
             (
                 self.norm == "batch" and self.batch_size == 1,
                 "batch_size=1 gives BatchNorm nothing to average; use 2 or more, or norm=group",
             ),
+            (
+                step_items > MAX_STEP_ITEMS,
+                f"batch_size={self.batch_size}, grad_accumulation={self.grad_accumulation} and "
+                f"noise_copies={self.noise_copies or 1} make a step of {step_items:,} items; "
+                f"expected at most {MAX_STEP_ITEMS:,}",
+            ),
+            (
+                self.planned_steps and (by_steps or not self.max_minutes),
+                "planned_steps is of a run that max_minutes alone governs",
+            ),
+        )
+
+    def contradictions(self):
+        """Return pairs (which fields contradict each other, message)."""
+        learned = SCHEDULES[self.schedule].trained
+        vlb = self.weighting == "vlb"
+        zero = self.zero_terminal_snr
+        dist = NOISE_DISTS[self.noise_dist or "stratified"]
+        drops_labels = self.label_dropout != Config.label_dropout
+        slopes = self.negative_slope != Config.negative_slope
+        return (
             (drops_labels and not self.class_cond, "label_dropout needs class_cond"),
             (slopes and self.activation != "leaky_relu", "negative_slope is for leaky_relu"),
             (learned and self.timesteps, f"timesteps={self.timesteps}: learned is continuous"),
@@ -220,15 +253,19 @@ class Config:
             (zero and vlb, "weighting=vlb is infinite with zero_terminal_snr"),
             (zero and not dist.reaches_noise, f"noise_dist={self.noise_dist} omits the last level"),
             (vlb and not dist.over_t, f"noise_dist={self.noise_dist}: vlb weighs the levels"),
-        ):
-            if wrong:
-                raise ValueError(message)
+        )
 
     def network_options(self):
-        """Return the keyword arguments of a function in reverse.NETWORKS."""
+        """Return the keyword arguments of a function in reverse.NETWORKS.
+
+        Raises ValueError where one is left open: `resolve` chooses it for the data."""
         names = "channels_base blocks_per_level channel_mult patch_size attention_resolutions"
         names += " norm activation negative_slope dropout init"
-        return {name: getattr(self, name) for name in names.split()}
+        options = {name: getattr(self, name) for name in names.split()}
+        left_open = [name for name, value in options.items() if value is None]
+        if left_open:
+            raise ValueError(f"{left_open[0]}=None: give it, or call config.resolve(dataset)")
+        return options
 
     def data_options(self):
         """Return the keyword arguments of data.load_dataset."""
@@ -240,7 +277,7 @@ class Config:
         """Return this config with everything that was left open chosen for the dataset.
 
         Raises ValueError when the data cannot be used as the config says."""
-        if self.class_cond and not dataset.classes:
+        if self.class_cond and (not dataset.classes or dataset.train_labels is None):
             raise ValueError(f"class_cond: {self.dataset} has no labels; leave it out")
         kind = "images" if dataset.is_image else "points"
         images_only = self.attention_resolutions or (self.patch_size or 1) > 1
@@ -255,8 +292,15 @@ class Config:
             chosen["precision"] = "fp32"  # bf16 tells no nearer points apart than 1/128
         return replace(self, **chosen)
 
+    def seconds_limit(self):
+        """Return after how many seconds a run is cut off: inf where the clock only planned it."""
+        cut_off = self.max_minutes is not None and self.planned_steps is None
+        return 60 * self.max_minutes if cut_off else math.inf
+
     def num_steps(self, count):
-        """Return the steps of a run on `count` training items, or None: max_minutes governs it."""
+        """Return the steps of a run on `count` training items.
+
+        None where max_minutes alone governs it, and Trainer.plan_steps has not planned any yet."""
         epochs = self.epochs
         if epochs is None and self.max_steps is None and self.max_minutes is None:
             epochs = DEFAULT_EPOCHS
@@ -265,14 +309,16 @@ class Config:
             limits.append(math.ceil(epochs * count / (self.batch_size * self.grad_accumulation)))
         if self.max_steps is not None:
             limits.append(self.max_steps)
+        if self.planned_steps is not None:
+            limits.append(self.planned_steps)
         return min(limits, default=None)
 
 
 # What may change when a run is resumed. All else would make it another run.
 RESUMABLE_FIELDS = {
-    *("data_dir", "epochs", "max_steps", "max_minutes", "lr", "lr_schedule", "warmup"),
+    *("epochs", "max_steps", "max_minutes", "planned_steps", "lr", "lr_schedule", "warmup"),
     *("weight_decay", "grad_clip", "ema_decay", "device", "precision", "compile"),
-    *("name", "out_dir", "save_every", "keep_checkpoints", "sample_every"),
+    *("name", "data_dir", "out_dir", "save_every", "keep_checkpoints", "sample_every"),
 }
 
 
@@ -286,7 +332,8 @@ def resume_config(config, overrides):
             raise ValueError(
                 f"{name}={value} is not the resumed run's {saved[name]}; leave it out or start anew"
             )
-    limits = ("epochs", "max_steps", "max_minutes")
-    if any(name in overrides for name in limits):  # a new limit takes the place of the old ones
-        saved.update(dict.fromkeys(limits))
+    limits = ("epochs", "max_steps", "max_minutes", "planned_steps")
+    given = [overrides.get(name) for name in limits[:-1]]
+    if any(given) and given != [saved[name] for name in limits[:-1]]:
+        saved.update(dict.fromkeys(limits))  # new limits take the place of the old ones
     return Config(**{**saved, **overrides})

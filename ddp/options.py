@@ -11,6 +11,11 @@ from ddp.sampling import DEFAULT_SAMPLER, SAMPLERS, THRESHOLDS, check_options, d
 from ddp.schedule import SPACINGS
 
 MAX_LIST = 8
+MAX_ENTRY = 2**13  # of a list of whole numbers
+MAX_NUMBER = 2**53  # up to which every whole number is a float, too
+MAX_TEXT = 4096  # characters, as of a path
+MAX_SHOWN = 80  # characters of a value in a message
+HIDDEN = "==SUPPRESS=="  # argparse's mark for the help of a flag that is not listed
 
 
 def integers(text):
@@ -44,7 +49,17 @@ def check_fields(options):
             continue
         wanted = expected(field, value)
         if wanted:
-            raise ValueError(f"{field.name}={value}: expected {wanted}")
+            raise ValueError(f"{field.name}={shown(value)}: expected {wanted}")
+
+
+def shown(value):
+    """Return a value as text for a message, short however long the value is."""
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (list, tuple, dict)):
+        return f"[{', '.join(shown(v) for v in list(value)[: MAX_LIST + 1])}]"
+    text = str(value)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
 
 
 def expected(field, value):
@@ -57,14 +72,17 @@ def expected(field, value):
     wanted_type = types.get(kind, list) if count == 1 else list
     if not isinstance(value, wanted_type) or (isinstance(value, bool) and kind is not bool):
         return f"a value of type {getattr(kind, '__name__', kind)}"
+    at_most = bounds.get("at_most", MAX_NUMBER)
     if count > 1:
-        finite = all(type(v) in (int, float) and math.isfinite(v) for v in value)
+        finite = all(type(v) in (int, float) and abs(v) <= at_most for v in value)
         return None if len(value) == count and finite else f"{count} finite numbers"
     if isinstance(value, list):
         least = 1 if field.default is None else 0
-        positive = all(type(v) is int and v > 0 for v in value)
+        positive = all(type(v) is int and 0 < v <= MAX_ENTRY for v in value)
         fits = least <= len(value) <= MAX_LIST and positive
-        return None if fits else f"{least} to {MAX_LIST} whole numbers above 0"
+        return None if fits else f"{least} to {MAX_LIST} whole numbers from 1 to {MAX_ENTRY}"
+    if isinstance(value, str) and len(value) > MAX_TEXT:
+        return f"at most {MAX_TEXT} characters"
     if choices and value not in choices:
         return f"one of {', '.join(map(str, choices))}"
     if isinstance(value, float) and not math.isfinite(value):
@@ -73,8 +91,8 @@ def expected(field, value):
         return f"at least {bounds['at_least']}"
     if "above" in bounds and value <= bounds["above"]:
         return f"more than {bounds['above']}"
-    if "at_most" in bounds and value > bounds["at_most"]:
-        return f"at most {bounds['at_most']}"
+    if isinstance(value, (int, float)) and value > at_most:
+        return f"at most {at_most:,}"
     return None
 
 
@@ -83,7 +101,9 @@ class SamplerOptions:
     """How samples are drawn: what evaluate.py and generate.py share."""
 
     sampler: str = flag(None, f"sampler (default: {DEFAULT_SAMPLER})", str, SAMPLERS)
-    steps: int = flag(None, "sampling steps (default: per sampler, 20 or 100)", int, at_most=10**6)
+    steps: int = flag(
+        None, "sampling steps (default: per sampler, 20 or 100)", int, at_least=1, at_most=10**6
+    )
     spacing: str = flag(None, "how sampling steps are spaced in time", str, SPACINGS)
     eta: float = flag(None, "noise of ddim, 0 (none) to 1 (as ddpm)", float, at_least=0, at_most=1)
     s_churn: float = flag(0.0, "EDM's S_churn: noise that euler or heun adds", at_least=0)

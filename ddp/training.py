@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
+from ddp import planning, validation
 from ddp.forward import q_sample
-from ddp.learned_schedule import backward_through_schedule
+from ddp.learned_schedule import backward_through_schedule, bound_terms
 from ddp.loss import denoising_loss
 from ddp.model import build_model
 from ddp.noise_dist import build_noise_dist
@@ -24,7 +25,7 @@ LR_SCHEDULES = {  # progress in [0, 1] -> factor on lr
 }
 BN_BATCHES = 8  # to recompute BatchNorm's statistics
 BN_BATCH_IMAGES, BN_BATCH_POINTS = 512, 8192  # an image has many positions, a point one
-TEST_ITEMS, TEST_BATCH = 2000, 500
+WARMUP_FRACTION = 0.1  # of a run: the largest in which the learning rate rises
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Trainer:
     """A model in training: raw weights, their EMA, optimizers, and how far it is.
 
     Attributes: `model` (raw weights) and `ema`, two DiffusionModels; `step`; `seconds` of training;
-    `best`, the least test loss so far; `bn_fresh_at_step`, when BatchNorm was last recalibrated."""
+    `best`, the least val_loss so far; `bn_fresh_at_step`, when BatchNorm was last recalibrated."""
 
     def __init__(
         self,
@@ -74,8 +75,7 @@ class Trainer:
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
         if config.compile:
             self.model.network.compile(dynamic=False)
-        dropout_layers = [m for m in self.model.modules() if isinstance(m, nn.Dropout) and m.p]
-        self.has_dropout = bool(dropout_layers)
+        self.has_dropout = any(isinstance(m, nn.Dropout) and m.p for m in self.model.modules())
         self.noise_dist = build_noise_dist(config.noise_dist, self.model.schedule)
         self.noise_dist_learns = hasattr(self.noise_dist, "update")  # from the loss: importance
         self.optimizers, self.lr_scales = build_optimizers(
@@ -86,6 +86,11 @@ class Trainer:
     @property
     def num_params(self):
         return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def num_steps(self):
+        """Steps of the whole run, or None where max_minutes governs it and none are planned yet."""
+        return self.config.num_steps(len(self.dataset.train))
 
     def autocast(self):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.precision)
@@ -114,8 +119,8 @@ class Trainer:
             total = total + self.backward((weight * loss).sum(), len(x0))
             if self.noise_dist_learns:
                 self.noise_dist.update(self.model.schedule, log_snr, weight * loss)
-            if self.model.schedule.network is not None:
-                backward_through_schedule(self, k, x0, log_snr, loss)
+            if self.model.schedule.network is not None:  # the loss is the bound, its ends' part too
+                total = total + backward_through_schedule(self, k, x0, log_snr, loss)
         grad_norm = self.optimizer_step()
         items = self.step * config.grad_accumulation * config.batch_size
         return StepStats(self.step, items / len(self.dataset.train), total, grad_norm, lr)
@@ -123,7 +128,10 @@ class Trainer:
     def set_lr(self, lr_progress):
         """Set the learning rate of every parameter group, and return that of AdamW."""
         config = self.config
-        warmup_factor = min(1.0, (self.step + 1) / (config.warmup + 1))
+        warmup = config.warmup
+        if self.num_steps is not None:
+            warmup = min(warmup, int(WARMUP_FRACTION * self.num_steps))
+        warmup_factor = min(1.0, (self.step + 1) / (warmup + 1))
         lr = config.lr * warmup_factor * LR_SCHEDULES[config.lr_schedule](lr_progress)
         groups = []
         for optimizer in self.optimizers:
@@ -181,7 +189,7 @@ class Trainer:
             self.scaler.unscale_(optimizer)
         params = list(self.model.network.parameters())
         grad_norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-        if self.config.grad_clip:  # 0 is no limit
+        if self.config.grad_clip:  # 0 is no limit; a schedule's step is bounded by AdamW itself
             nn.utils.clip_grads_with_norm_(params, self.config.grad_clip, grad_norm)
         for optimizer in self.optimizers:
             self.scaler.step(optimizer)
@@ -196,74 +204,69 @@ class Trainer:
 
     # ---- the EMA model ----
 
-    def ema_loss(self, x0, label, k, purpose):
-        """Return the weighted loss of the EMA model, (B,), at the levels of a purpose."""
-        log_snr, weight = self.draw_levels(k, len(x0), purpose, self.ema.schedule)
-        x_t = q_sample(x0, log_snr, self.eps(k, x0, purpose))
-        with self.autocast():
-            x0_hat = self.ema.denoise(x_t, log_snr, label)
-        loss = denoising_loss(x0_hat, x0, log_snr, self.config.weighting, self.config.loss)
-        return weight * loss
+    def ema_loss(self, x0, label, k, purpose, denoise=None):
+        """Return the weighted loss of the EMA model, (B,), at the levels of a purpose.
 
-    @torch.no_grad()
+        Of a learned schedule it is the whole bound, since moving the ends moves all its terms.
+        denoise: what takes the place of the EMA model's."""
+        schedule = self.ema.schedule
+        log_snr, weight = self.draw_levels(k, len(x0), purpose, schedule)
+        eps = self.eps(k, x0, purpose)
+        x_t = q_sample(x0, log_snr, eps)
+        with self.autocast():
+            x0_hat = (denoise or self.ema.denoise)(x_t, log_snr, label)
+        config = self.config
+        loss = weight * denoising_loss(x0_hat, x0, log_snr, config.weighting, config.loss)
+        if schedule.network is None:
+            return loss
+        return loss + bound_terms(schedule, x0, eps, self.dataset.is_image)
+
     def recalibrated_ema(self):
         """Return the EMA model, its BatchNorm statistics recomputed under the EMA weights.
 
-        EMA weights with the raw model's statistics are a different network. Batches are noised as
-        in training, dropout is off, and the statistics are means over all batches: a function of
-        the weights and the seed alone."""
-        if self.bn_fresh_at_step == self.step:
-            return self.ema.eval()
-        norms = [m for m in self.ema.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # the mean over all batches
-            norm.train()
-        size = BN_BATCH_IMAGES if self.dataset.is_image else BN_BATCH_POINTS
-        for k in range(BN_BATCHES if norms else 0):
-            x0, label = self.training_batch(k, size)
-            self.ema_loss(x0, label, k, "bn")
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        self.bn_fresh_at_step = self.step
+        Those of the raw model would make EMA weights a different network."""
+        if self.bn_fresh_at_step != self.step:
+            size = BN_BATCH_IMAGES if self.dataset.is_image else BN_BATCH_POINTS
+            validation.recalibrate(self, BN_BATCHES, size)
+            self.bn_fresh_at_step = self.step
         return self.ema.eval()
 
-    @torch.no_grad()
-    def test_loss(self):
-        """Return the mean loss of the EMA model on test items, at fixed levels with fixed noise.
+    def val_loss(self):
+        """Return the mean loss on `dataset.selection_items`; call `recalibrated_ema` first."""
+        return validation.val_loss(self)
 
-        Call `recalibrated_ema` first."""
-        total = 0.0
-        items = torch.arange(min(len(self.dataset.test), TEST_ITEMS))
-        for k, indices in enumerate(items.split(TEST_BATCH)):
-            x0, label = self.dataset.test_batch(indices)
-            label = label.to(self.device) if self.model.num_classes else None
-            total += self.ema_loss(x0.to(self.device), label, k, "test").sum().item()
-        return total / len(items)
+    def is_diverged(self, val_loss):
+        """Return whether this is the val_loss of a run gone wrong, to be saved nowhere."""
+        return validation.is_diverged(self, val_loss)
 
     # ---- the run ----
 
     def run(self):
         """Train from the current step to the end, yielding StepStats after every step."""
-        num_steps = self.config.num_steps(len(self.dataset.train))  # None: max_minutes governs
-        limit = 60 * (self.config.max_minutes or math.inf)  # in seconds
+        self.plan_steps()
+        num_steps = self.num_steps
+        limit = self.config.seconds_limit()
         started = time.monotonic() - self.seconds
 
         def progress():
             self.seconds = time.monotonic() - started
-            by_time = self.seconds / limit
-            by_steps = self.step / num_steps if num_steps else 0.0
-            # the lr follows the steps where they are known, so that a resumed run is the same run
-            lr_progress = min(by_steps if num_steps else by_time, 1.0)
-            return lr_progress, max(by_steps, by_time)
+            return max(self.step / num_steps, self.seconds / limit)
 
-        lr_progress, now = progress()
+        now = progress()
         while now < 1:
-            stats = self.train_step(lr_progress)
+            # the lr follows the steps, not the clock, so that a resumed run is the same run
+            stats = self.train_step(self.step / num_steps)
             previous = now
-            lr_progress, now = progress()
+            now = progress()
             yield replace(stats, progress=now, previous_progress=previous)
+
+    def plan_steps(self):
+        """Make a run that max_minutes alone governs one of so many steps, by its speed here.
+
+        The number is in `config.planned_steps` from then on, and in checkpoints, so a resume goes
+        on with the very same run. Does nothing where the steps are known; `run` calls it."""
+        if self.num_steps is None:
+            planning.plan_steps(self)
 
     def state_dict(self):
         """Return what a run must remember, as plain types and tensors."""
@@ -279,18 +282,45 @@ class Trainer:
         }
 
     def load_state_dict(self, state):
-        """Go on from what `state_dict` returned."""
+        """Go on from what `state_dict` returned. What the config says stays as it says.
+
+        Raises ValueError when something does not fit, or cannot be."""
+        least = validation.least_loss(self)
+        if not (state["best"] is None or least <= state["best"] < math.inf):
+            raise ValueError(f"best={state['best']}: expected a loss, {least:g} or more")
+        if not 0 <= state["seconds"] < math.inf:
+            raise ValueError(f"seconds={state['seconds']}: expected 0 or more")
         self.ema.load_state_dict(state["ema"])
         self.model.load_state_dict(state["model"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # else the run was not in fp16 so far
+            self.scaler.load_state_dict(state["scaler"])
         for optimizer, saved in zip(self.optimizers, state["optimizer"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_moments(optimizer, saved)
         if self.noise_dist_learns:
             self.noise_dist.load_state_dict(state["noise_dist"])
         self.step = state["step"]
         self.best = state["best"]
         self.seconds = state["seconds"]
         self.bn_fresh_at_step = None
+
+
+@torch.no_grad()
+def load_moments(optimizer, saved):
+    """Take over the moments and step counters of a state_dict, but no hyper-parameter.
+
+    Raises ValueError when a moment has not the size of its weight, at which no optimizer looks."""
+    state = optimizer.state_dict() | {"state": {}}
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for i, moments in saved["state"].items():
+        state["state"][i] = {}
+        for name, value in moments.items():
+            like = value if name == "step" else weights[i]
+            if value.numel() != like.numel():
+                raise ValueError(f"{name} of weight {i} has {value.numel()} numbers")
+            # in the weight's own order in memory, in which fused AdamW goes through both
+            like = like if like.shape == value.shape else value.contiguous()  # Muon's, a matrix
+            state["state"][i][name] = torch.empty_like(like).copy_(value)
+    optimizer.load_state_dict(state)
 
 
 def train(

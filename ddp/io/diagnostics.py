@@ -9,8 +9,9 @@ import torch
 from torch.profiler import profile as record_profile
 
 from ddp.io.device import synchronize
-from ddp.io.figures import schedule_curve, to_pil
+from ddp.io.figures import save_png, schedule_curve, to_pil
 from ddp.io.files import atomic_write, next_free_path
+from ddp.io.memory import training_memory
 from ddp.loss import WEIGHTINGS
 from ddp.rng import uniform
 from ddp.schedule import MIN_LOG_SNR
@@ -33,26 +34,27 @@ OTHER = "the rest"
 
 
 def dry_run(trainer, folder):
-    """Take one step, and return lines of text: the schedule's ends, its noise levels, memory.
+    """Yield lines of text: memory, the schedule's ends, its noise levels; then take one step.
 
-    A figure is written next to `folder`, that of the run."""
+    Each line is known before what comes after it is tried. A figure is written next to `folder`,
+    that of the run."""
     schedule = trainer.model.schedule
     memory = memory_report(trainer)
+    parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in memory.items())
+    yield f"memory: about {sum(memory.values()) / 1e6:,.0f} MB: {parts or 'not known'}"
+    yield from schedule_summary(trainer.config, schedule)
     rows = noise_levels(trainer)
-    lines = schedule_summary(trainer.config, schedule)
-    lines.append("log-SNR    % of items  effective weight of |v_hat - v|² (largest = 1)")
+    yield "log-SNR    % of items  effective weight of |v_hat - v|² (largest = 1)"
     for log_snr, fraction, weight in rows:
         bar = "#" * round(30 * weight)
-        lines.append(f"{log_snr:7.2f} {fraction:12.1%}  {weight:9.4f} {bar}")
-    parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in memory.items())
-    lines.append(f"memory: {sum(memory.values()) / 1e6:,.0f} MB: {parts}")
+        yield f"{log_snr:7.2f} {fraction:12.1%}  {weight:9.4f} {bar}"
+    trainer.train_step(0.0)
     t = torch.linspace(0, 1, 201)  # for the curve
     log_snr = schedule.log_snr(t).detach().cpu().clamp_min(MIN_LOG_SNR)  # (201,)
     image = to_pil(schedule_curve(t.tolist(), log_snr.tolist(), rows))
     path = next_free_path(folder.with_name(f"{folder.name}-dry_run"), ".png").resolve()
-    atomic_write(path, image.save)
-    lines.append(f"one step went well; wrote {path}, and nothing else")
-    return lines
+    atomic_write(path, partial(save_png, image))
+    yield f"one step went well; wrote {path}, and nothing else"
 
 
 def schedule_summary(config, schedule):
@@ -94,26 +96,9 @@ def noise_levels(trainer):
 
 
 def memory_report(trainer):
-    """Take one step, and return the bytes that training takes, by what they are for: a dict."""
-    saved = {}  # address -> bytes of what the backward pass needs
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        trainer.train_step(0.0)
-    size = 0
-    for weight in trainer.model.parameters():
-        size += weight.nbytes
-        saved.pop(weight.data_ptr(), None)  # weights are no activations
-    moments = 0  # bytes of the optimizers' running averages
-    for optimizer in trainer.optimizers:
-        for state in optimizer.state.values():
-            moments += sum(value.nbytes for value in state.values() if torch.is_tensor(value))
-    report = dict.fromkeys(("weights", "EMA", "gradients"), size)  # each as large as the others
-    return report | {"optimizer": moments, "activations": sum(saved.values())}
+    """Return the bytes that training takes, by what they are for: a dict. No step is taken."""
+    model = trainer.model
+    return training_memory(trainer.config, model.event, model.num_classes, trainer.precision)
 
 
 def profile(trainer):

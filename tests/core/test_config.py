@@ -1,7 +1,8 @@
 """The hyper-parameters: what contradicts, what is chosen for the data, how long a run is."""
 
 import dataclasses
-from types import SimpleNamespace
+import math
+from types import FunctionType, SimpleNamespace
 
 import pytest
 from tiny import random_points
@@ -14,12 +15,14 @@ from ddp.config import (
     Config,
     resume_config,
 )
+from ddp.model import build_model
 from ddp.options import SamplerOptions, expected
 from ddp.reverse import MLP, NETWORKS, UNet
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-IMAGES = SimpleNamespace(classes=["a", "b"], is_image=True)
-POINTS = SimpleNamespace(classes=[], is_image=False)
+IMAGES = SimpleNamespace(classes=["a", "b"], train_labels=[0, 1], is_image=True)
+POINTS = SimpleNamespace(classes=[], train_labels=None, is_image=False)
+HUGE = 10**400  # more than a float holds
 
 
 def test_fields_are_documented_and_within_their_own_bounds():
@@ -114,6 +117,50 @@ def test_config_refuses_what_contradicts(fields, name):
         Config(**fields)
 
 
+NUMBERS = [name for name, field in FIELDS.items() if field.metadata["kind"] in (int, float)]
+LISTS = [name for name, field in FIELDS.items() if isinstance(field.metadata["kind"], FunctionType)]
+
+
+@pytest.mark.parametrize("name", NUMBERS + LISTS)
+@pytest.mark.parametrize("value", [1e308, 1e38, HUGE, -HUGE, 10**5000], ids=range(5))
+def test_config_refuses_numbers_without_limit(name, value):
+    """In one short line, though Python itself cannot print them all."""
+    kind = FIELDS[name].metadata["kind"]
+    value = int(value) if kind is int else value
+    with pytest.raises(ValueError, match=rf"^{name}=.{{1,200}}$"):
+        Config(**{name: [value] if name in LISTS else value})
+
+
+@pytest.mark.parametrize("name", ["dataset", "data_dir", "out_dir", "name", "device", "schedule"])
+def test_config_refuses_texts_without_limit(name):
+    with pytest.raises(ValueError, match=rf"^{name}=.{{1,200}}$"):
+        Config(**{name: "x" * 10**6})
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "x" * 201])
+def test_config_refuses_a_name_that_no_terminal_should_show(name):
+    with pytest.raises(ValueError, match=r"^name="):
+        Config(name=name)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"grad_accumulation": 10**9},
+        {"batch_size": 2**20, "grad_accumulation": 32},
+        {"batch_size": 2**20, "noise_copies": 64},
+        {"batch_size": 2**10, "grad_accumulation": 2**10, "noise_copies": 32},
+    ],
+)
+def test_config_refuses_a_step_of_endless_work(fields):
+    with pytest.raises(ValueError, match=r"grad_accumulation=\d+"):
+        Config(**fields)
+
+
+def test_the_longest_run_that_is_allowed_has_a_number_of_steps():
+    assert Config(epochs=2.0**53, batch_size=2).num_steps(10**6) > 0
+
+
 def test_config_takes_a_batch_of_one_where_no_batchnorm_is():
     assert Config(batch_size=1, norm="group").batch_size == 1
 
@@ -166,7 +213,7 @@ def test_resolve_leaves_nothing_open(dataset, data):
     assert config.network == ("unet" if data.is_image else "mlp")
     limits = {"epochs", "max_steps", "max_minutes"}
     of_folders = {"image_size", "channels", "test_fraction"}
-    of_output = {"name", "save_every", "sample_every"}
+    of_output = {"name", "save_every", "sample_every", "planned_steps"}
     for name in FIELDS.keys() - limits - of_folders - of_output:
         assert getattr(config, name) is not None, name
     assert config.resolve(data) == config
@@ -205,6 +252,19 @@ def test_resolve_refuses_what_the_data_cannot_do(fields, data, name):
         Config(**fields).resolve(data)
 
 
+def test_resolve_refuses_class_names_without_labels():
+    """They are of a test set, or of nothing."""
+    data = SimpleNamespace(classes=["a", "b"], train_labels=None, is_image=True)
+    with pytest.raises(ValueError, match="class_cond"):
+        Config(class_cond=True).resolve(data)
+
+
+@pytest.mark.parametrize("event", [(2,), (1, 8, 8)])
+def test_model_of_a_config_that_leaves_sizes_open_is_refused_by_name(event):
+    with pytest.raises(ValueError, match=r"^channels_base=None: give it, or call config.resolve"):
+        build_model(Config(), event)
+
+
 def test_network_options_are_those_of_the_networks():
     for event, data in (((1, 8, 8), IMAGES), ((2,), POINTS)):
         config = Config(channels_base=16).resolve(data)
@@ -236,11 +296,30 @@ def test_data_options_are_those_of_load_dataset():
         ({"max_steps": 20}, 20),
         ({"max_minutes": 1.0}, None),
         ({"max_minutes": 1.0, "epochs": 3}, 30),
+        ({"max_minutes": 1.0, "planned_steps": 17}, 17),
         ({"epochs": 3, "grad_accumulation": 4}, 8),
     ],
 )
 def test_num_steps_is_the_length_of_the_run(fields, steps):
     assert Config(batch_size=100, **fields).num_steps(1000) == steps
+
+
+@pytest.mark.parametrize(
+    ("fields", "seconds"),
+    [
+        ({}, math.inf),
+        ({"max_steps": 3, "max_minutes": 0.5}, 30),
+        ({"max_minutes": 0.5, "planned_steps": 17}, math.inf),
+    ],
+)
+def test_seconds_limit_cuts_off_what_no_clock_has_planned(fields, seconds):
+    assert Config(**fields).seconds_limit() == seconds
+
+
+@pytest.mark.parametrize("fields", [{}, {"max_minutes": 1.0, "epochs": 3.0}, {"max_steps": 3}])
+def test_planned_steps_are_of_a_run_by_minutes_alone(fields):
+    with pytest.raises(ValueError, match="planned_steps"):
+        Config(planned_steps=17, **fields)
 
 
 # ---- a resumed run, and old names ----
@@ -256,7 +335,7 @@ def test_resume_config_takes_what_may_change(name):
     }[FIELDS[name].metadata["kind"]]
     if FIELDS[name].metadata["choices"]:
         new = list(FIELDS[name].metadata["choices"])[-1]
-    config = resume_config(Config(), {name: new})
+    config = resume_config(Config(max_minutes=2.0), {name: new})
     assert getattr(config, name) == new
 
 
@@ -272,6 +351,15 @@ def test_resume_config_puts_a_new_limit_in_the_place_of_the_old():
     config = resume_config(Config(epochs=5, max_minutes=3.0), {"max_steps": 10})
     assert (config.epochs, config.max_steps, config.max_minutes) == (None, 10, None)
     assert resume_config(Config(epochs=5), {"lr": 0.1}).epochs == 5
+
+
+def test_resume_config_keeps_the_plan_of_the_same_minutes():
+    planned = Config(max_minutes=2.0, planned_steps=17)
+    assert resume_config(planned, {}) == planned
+    assert resume_config(planned, {"max_minutes": 2.0}) == planned
+    assert resume_config(planned, {"max_minutes": 3.0}) == Config(max_minutes=3.0)
+    assert resume_config(planned, {"max_steps": 9}) == Config(max_steps=9)
+    assert resume_config(planned, {"max_minutes": 2.0, "epochs": 1.0}).planned_steps is None
 
 
 def test_resume_config_drops_compile():

@@ -13,6 +13,7 @@ from ddp.editing import (
     EDITS,
     FRAMES,
     EditInputs,
+    changes,
     ddim_invert,
     dropout_layers,
     edited_samples,
@@ -132,8 +133,17 @@ def test_reconstruct_is_inversion_and_back():
     assert torch.equal(given, items[torch.arange(7) % 5])
     assert (x0 - given).abs().max() < 0.03
     inputs.latents = latents
-    changes = from_latents(inputs, torch.arange(7), None)
-    assert torch.equal(changes["x_t"], latents)
+    changed = from_latents(inputs, torch.arange(7), None)
+    assert torch.equal(changed["x_t"], latents)
+
+
+def test_without_an_edit_samples_are_plain():
+    inputs = edit_inputs(fields={"sampler": "ddim", "steps": 5})
+    x0, given, latents = edited_samples(inputs, torch.arange(3), None)
+    assert torch.equal(x0, sample(inputs.model, torch.arange(3), 3, None, **inputs.options))
+    assert given is None
+    assert latents is None
+    assert changes(inputs, torch.arange(3), None) == {}
 
 
 # ---- SDEdit ----

@@ -116,7 +116,7 @@ def test_foreign_network_is_recalibrated(foreign):
     norm = foreign.recalibrated_ema().network.layers[1]
     assert norm.num_batches_tracked == ddp.training.BN_BATCHES
     assert not torch.equal(norm.running_mean, foreign.model.network.layers[1].running_mean)
-    assert foreign.test_loss() > 0
+    assert foreign.val_loss() > 0
 
 
 def test_foreign_network_goes_on_from_its_state(foreign):
@@ -161,7 +161,7 @@ def test_own_tensors_train_at_once(event):
     trainer = train(config, dataset)
     assert trainer.step == 3
     model = trainer.recalibrated_ema()
-    assert trainer.test_loss() > 0
+    assert trainer.val_loss() > 0
     assert sample(model, NUMBERS, steps=3).shape == (6, *event)
 
 
@@ -203,7 +203,7 @@ def trains_and_samples(sampling=None, data=None, **fields):
     data = random_points() if data is None else data
     config = Config(dataset=data.name, max_steps=2, **{**TINY, **fields})
     trainer = train(config, data)
-    assert trainer.test_loss() > 0
+    assert trainer.val_loss() > 0
     model = trainer.recalibrated_ema().for_inference()
     options = SamplerOptions(**{"steps": 3, **(sampling or {})}).resolve(model)
     return trainer, sample(model, NUMBERS, **options)

@@ -1,6 +1,7 @@
 """Training: exact resume, the EMA and its BatchNorm statistics, and that it learns."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -9,7 +10,11 @@ from oracles import Gaussian
 from tiny import random_points, tiny_trainer
 from torch import nn
 
-from ddp.training import LR_SCHEDULES, Trainer
+from ddp.config import RESUMABLE_FIELDS, Config, resume_config
+from ddp.learned_schedule import bound_terms
+from ddp.optim import SCHEDULE_LR
+from ddp.training import LR_SCHEDULES, Trainer, load_moments
+from ddp.validation import fitting_batch
 
 DATA = Gaussian(0.3, 0.5, (2,))
 
@@ -99,6 +104,134 @@ def test_state_dict_holds_what_a_run_must_remember():
     assert tiny_trainer(random_points()).state_dict()["noise_dist"] == {}
 
 
+# What a trainer does by each field that may change on resume, and another value of it.
+HELD = {
+    "epochs": (7.0, lambda t: t.num_steps * 16 / 64),
+    "max_steps": (7, lambda t: t.num_steps),
+    "max_minutes": (7.0, lambda t: t.config.seconds_limit() / 60),
+    "lr": (0.5, lambda t: t.set_lr(0.0)),
+    "lr_schedule": ("constant", lambda t: "constant" if t.set_lr(0.5) == 1e-3 else "linear"),
+    "warmup": (9, lambda t: (t.step + 1) * t.config.lr / t.set_lr(0.0) - 1),
+    "weight_decay": (0.5, lambda t: t.optimizers[0].param_groups[0]["weight_decay"]),
+    "grad_clip": (1e-3, lambda t: clipped_norm(t)),
+    "ema_decay": (0.0, lambda t: 0.0 if ema_is_the_model(t) else 0.999),
+    "precision": ("fp16", lambda t: "fp16" if t.scaler.is_enabled() else "fp32"),
+}
+# fields that are no matter of the trainer, but of who builds it or writes its files
+ELSEWHERE = {"planned_steps", "device", "compile", "name", "data_dir", "out_dir"}
+ELSEWHERE |= {"save_every", "keep_checkpoints", "sample_every"}
+
+
+def ema_is_the_model(trainer):
+    pairs = zip(trainer.ema.parameters(), trainer.model.parameters(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def clipped_norm(trainer):
+    norms = []
+
+    def remember(*_):
+        norms.append(nn.utils.get_total_norm([p.grad for p in trainer.model.parameters()]).item())
+
+    trainer.optimizers[0].register_step_pre_hook(remember)
+    trainer.train_step(0.01)
+    return norms[-1]
+
+
+def test_every_field_that_may_change_on_resume_is_looked_at():
+    assert HELD.keys() | ELSEWHERE == RESUMABLE_FIELDS
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_field_that_may_change_on_resume_does_change(name, small_bn_batches):
+    value, held = HELD[name]
+    first = tiny_trainer(random_points(), warmup=0, lr_schedule="linear", max_steps=400)
+    for step in range(4):
+        first.train_step(step / 400)
+    overrides = {name: value}
+    if name == "max_minutes":
+        overrides["max_steps"] = 400  # or it would say how many steps are planned
+    config = resume_config(first.config, overrides)
+    precision = "fp16" if config.precision == "fp16" else "fp32"
+    resumed = Trainer(config, first.dataset, precision=precision)
+    resumed.load_state_dict(copy.deepcopy(first.state_dict()))
+    resumed.train_step(0.01)
+    assert resumed.step == 5
+    same = value if isinstance(value, str) else pytest.approx(value, rel=1e-4)
+    assert held(resumed) == same
+    assert held(first) != same
+
+
+def test_precision_may_change_back_from_fp16():
+    first = tiny_trainer(random_points(), precision="fp16")
+    first.train_step(0.0)
+    assert first.state_dict()["scaler"]
+    resumed = tiny_trainer(random_points(), precision="bf16")
+    resumed.load_state_dict(first.state_dict())
+    assert resumed.state_dict()["scaler"] == {}
+    resumed.train_step(0.0)
+
+
+def test_hyper_parameters_of_an_optimizer_are_those_of_the_config():
+    """Whatever a file says of them."""
+    trainer = tiny_trainer()
+    trainer.train_step(0.0)
+    state = copy.deepcopy(trainer.state_dict())
+    for optimizer in state["optimizer"]:
+        for group in optimizer["param_groups"]:
+            group.update(betas=(0.0, 0.0), maximize=True, momentum=0.0, weight_decay=9.0, eps=1.0)
+    resumed = tiny_trainer()
+    resumed.load_state_dict(state)
+    assert resumed.train_step(0.1).loss == trainer.train_step(0.1).loss
+    for ours, theirs in zip(resumed.optimizers, trainer.optimizers, strict=True):
+        assert ours.state_dict()["param_groups"] == theirs.state_dict()["param_groups"]
+    for path, tensor in tensors(trainer.state_dict()):
+        assert torch.equal(dict(tensors(resumed.state_dict()))[path], tensor), path
+
+
+def test_moments_of_another_size_than_their_weight_are_refused():
+    """An optimizer would read beyond their end."""
+    trainer = tiny_trainer(random_points())
+    trainer.train_step(0.0)
+    for number, optimizer in enumerate(trainer.optimizers):
+        for name, moment in optimizer.state_dict()["state"][0].items():
+            saved = copy.deepcopy(optimizer.state_dict())
+            saved["state"][0][name] = torch.zeros(moment.numel() + 1)
+            if name != "step":
+                with pytest.raises(ValueError, match=f"{name} of weight 0"):
+                    load_moments(trainer.optimizers[number], saved)
+
+
+def test_moments_are_loaded_in_the_order_of_their_weights():
+    """A file may hold the numbers of a channels-last tensor in another order in memory."""
+    trainer = tiny_trainer(optimizer="adamw")
+    trainer.train_step(0.0)
+    state = copy.deepcopy(trainer.state_dict())
+    for moments in state["optimizer"][0]["state"].values():
+        for name, moment in moments.items():
+            moments[name] = moment.contiguous()
+    resumed = tiny_trainer(optimizer="adamw")
+    resumed.load_state_dict(state)
+    trainer.train_step(0.0)
+    resumed.train_step(0.0)
+    for a, b in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("best", value) for value in (math.nan, math.inf, -math.inf, -1e9)),
+        *(("seconds", value) for value in (math.nan, math.inf, -math.inf, -1e9)),
+    ],
+)
+@pytest.mark.parametrize("schedule", ["cosine", "learned"])
+def test_impossible_figures_of_a_run_are_refused(name, value, schedule):
+    trainer = tiny_trainer(random_points(), schedule=schedule)
+    with pytest.raises(ValueError, match=f"^{name}="):
+        trainer.load_state_dict({**trainer.state_dict(), name: value})
+
+
 def test_same_seed_is_the_same_run_and_another_is_another():
     losses = []
     for seed in (3, 3, 4):
@@ -120,26 +253,151 @@ def trained():
     return trainer
 
 
-def test_training_lowers_the_test_loss(trained):
+def test_training_lowers_the_val_loss(trained):
     trained.recalibrated_ema()
     fresh = tiny_trainer(channels_base=16)
     fresh.recalibrated_ema()
-    assert trained.test_loss() < 0.6 * fresh.test_loss()
-    assert trained.test_loss() == trained.test_loss()
+    assert trained.val_loss() < 0.6 * fresh.val_loss()
+    assert trained.val_loss() == trained.val_loss()
+
+
+def test_val_loss_is_of_items_of_every_class_that_no_gradient_sees():
+    """Of a set in the order of its classes, too, and not of the test items."""
+    dataset = random_points(classes=3)
+    val = torch.randn(3000, 2)
+    val_labels = torch.arange(3000) // 1000
+    dataset = dataclasses.replace(dataset, val=val, val_labels=val_labels)
+    trainer = tiny_trainer(dataset, class_cond=True)
+    seen = []
+    ema_loss = trainer.ema_loss
+    trainer.ema_loss = lambda x0, label, *rest: seen.append(label) or ema_loss(x0, label, *rest)
+    loss = trainer.val_loss()
+    counts = torch.bincount(torch.cat(seen))
+    assert counts.sum() == 2000
+    assert (counts > 600).all()
+    trainer.dataset = dataclasses.replace(dataset, test=9 + dataset.test)
+    assert trainer.val_loss() == loss
+    trainer.dataset = dataclasses.replace(dataset, val=9 + val)
+    assert trainer.val_loss() != loss
+
+
+def test_val_loss_needs_no_labels_of_a_test_set():
+    dataset = dataclasses.replace(random_points(classes=3), test_labels=None)
+    assert tiny_trainer(dataset, class_cond=True).val_loss() > 0
+
+
+def test_loss_with_a_learned_schedule_is_the_whole_bound():
+    """Ends drawn together leave next to nothing of the diffusion term, but not of the others."""
+    losses = []
+    data = Gaussian(DATA.mean, DATA.sd, (64,))
+    dataset = dataclasses.replace(random_points(event=(64,)), test=data.sample(500))
+    for ends in ([13.0, -9.0], [0.0, -0.1]):
+        trainer = tiny_trainer(dataset, schedule="learned")
+        trainer.ema.denoise = data.denoise  # no model is better
+        trainer.ema.schedule.network.endpoints.data = torch.tensor(ends)
+        losses.append(trainer.val_loss())
+    entropy = 0.5 * math.log(2 * math.pi * math.e * data.sd**2)  # the least bound, nats a dimension
+    assert losses[0] == pytest.approx(entropy, abs=0.1)
+    assert losses[1] > entropy + 0.3
+
+
+def test_loss_of_a_step_with_a_learned_schedule_is_the_whole_bound():
+    trainer = tiny_trainer(schedule="learned", grad_accumulation=2)
+    trainer.model.schedule.network.endpoints.data = torch.tensor([0.0, -0.1])
+    x0, _ = trainer.training_batch(0, 64)
+    others = bound_terms(trainer.model.schedule, x0, trainer.eps(0, x0), discrete=True).mean()
+    assert others > 2
+    assert trainer.train_step(0.0).loss.item() == pytest.approx(others.item(), rel=0.1)
+
+
+# ---- a run gone wrong ----
+
+
+def with_weights_times(trainer, factor):
+    """Return a Trainer like this one whose output layer is larger."""
+    worse = copy.copy(trainer)
+    worse.ema = copy.deepcopy(trainer.ema)
+    worse.ema.network.conv_out.weight.data *= factor
+    return worse
+
+
+@pytest.mark.parametrize("has_best", [True, False])
+def test_run_gone_wrong_is_told_from_one_that_learns(trained, has_best):
+    trained.recalibrated_ema()
+    loss = trained.val_loss()
+    trained.best = loss if has_best else None
+    fresh = tiny_trainer(channels_base=16)
+    fresh.recalibrated_ema()
+    assert not fresh.is_diverged(fresh.val_loss())
+    assert not trained.is_diverged(loss)
+    for factor, wrong in ((1.1, False), (100, True)):
+        worse = with_weights_times(trained, factor)
+        assert worse.is_diverged(worse.val_loss()) == wrong
+    dead = with_weights_times(trained, 0.0)  # no better than at the start
+    assert dead.is_diverged(dead.val_loss()) == has_best
+    for impossible in (math.nan, math.inf, -math.inf, 0.0, -1.0):
+        assert trained.is_diverged(impossible)
+    trained.best = None
+
+
+@pytest.mark.parametrize("has_best", [True, False])
+def test_bound_of_points_is_no_run_gone_wrong_though_it_is_about_zero(has_best):
+    """And uncertain by as much; but far above, it is."""
+    trainer = tiny_trainer("moons", schedule="learned", timesteps=0)
+    trainer.recalibrated_ema()
+    loss = trainer.val_loss()
+    trainer.best = -0.4 if has_best else None
+    assert not trainer.is_diverged(loss)
+    trainer.ema.network.proj_out.weight.data.normal_(0, 100)
+    assert trainer.is_diverged(trainer.val_loss())
+
+
+def test_overfitted_run_is_not_gone_wrong():
+    """Its loss on other items may rise without bound, while it learns its own by heart."""
+    dataset = random_points()
+    trainer = tiny_trainer(dataset)
+    trainer.recalibrated_ema()
+    trainer.best = 0.01
+    trainer.dataset = dataclasses.replace(dataset, val=100 * dataset.test)
+    loss = trainer.val_loss()
+    assert loss > 1000
+    # an untrained model is as far from its training items as one that outputs 0
+    trainer.best = 1.0
+    assert not trainer.is_diverged(loss)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "moons"])
+def test_learned_schedule_at_a_huge_rate_never_seems_to_be_good(dataset, small_bn_batches):
+    trainer = tiny_trainer(dataset, schedule="learned", lr=1e3, warmup=0)
+    trainer.recalibrated_ema()
+    at_first = trainer.val_loss()
+    for _ in range(4):
+        trainer.train_step(0.0)
+        trainer.recalibrated_ema()
+        loss = trainer.val_loss()
+        assert loss > at_first or trainer.is_diverged(loss)
+
+
+def test_batches_for_testing_are_smaller_of_large_images():
+    """As many numbers as of 512 images of 64x64."""
+    assert fitting_batch((2,), 8192) == 8192
+    assert fitting_batch((3, 28, 28), 512) == fitting_batch((3, 64, 64), 512) == 512
+    assert fitting_batch((3, 512, 512), 512) == 8
+    assert fitting_batch((1, 8192, 8192), 512) == 1
 
 
 def test_ema_with_the_raw_models_statistics_is_a_worse_network(trained):
     """The reason for recalibrated_ema: skipping the recomputation loses quality."""
     trained.bn_fresh_at_step = None
     trained.recalibrated_ema()
-    recomputed = trained.test_loss()
+    recomputed = trained.val_loss()
     raw = dict(trained.model.named_buffers())
     for name, buffer in trained.ema.named_buffers():
         buffer.copy_(raw[name])
-    copied = trained.test_loss()
+    copied = trained.val_loss()
     for norm in norms_of(trained.ema):
         norm.reset_running_stats()
-    never = trained.test_loss()
+    never = trained.val_loss()
     trained.bn_fresh_at_step = None
     assert recomputed < 0.996 * copied
     assert recomputed < 0.9 * never
@@ -187,6 +445,12 @@ def test_a_step_makes_the_statistics_stale(small_bn_batches):
 
 
 # ---- the step ----
+
+
+@pytest.mark.parametrize("event", [(2,), (5,), (1, 8, 8), (3, 7, 9)])
+def test_trainer_with_all_defaults_trains_on_any_data(event):
+    trainer = Trainer(Config(), random_points(event=event))
+    assert trainer.train_step(0.0).loss.isfinite()
 
 
 def test_ema_is_the_recurrence():
@@ -251,12 +515,38 @@ def test_gradients_are_clipped_to_the_norm():
     assert seen[0] == pytest.approx(0.01, rel=1e-3)
 
 
+def test_huge_gradient_of_a_schedule_moves_it_no_further():
+    """It is not clipped: AdamW's step does not depend on its size."""
+    trainer = tiny_trainer(random_points(), schedule="learned", warmup=0)
+    endpoints = trainer.model.schedule.network.endpoints
+    endpoints.register_hook(lambda grad: 1e15 * grad if trainer.step == 2 else grad)
+    for _ in range(4):
+        before = endpoints.detach().clone()
+        trainer.train_step(0.0)
+        assert (endpoints - before).abs().max() < 3 * SCHEDULE_LR * 1e-3
+
+
 def test_learning_rate_warms_up_and_falls():
     trainer = tiny_trainer(random_points(), warmup=3, lr=1e-2, lr_schedule="linear")
     progress = (0.0, 0.0, 0.0, 0.0, 0.5, 1.0)
     rates = [trainer.train_step(p).lr for p in progress]
     assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.005, 0.0])
     assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.0]
+
+
+@pytest.mark.parametrize("steps", [1, 5, 12, 50, 1000])
+def test_learning_rate_reaches_its_peak_in_runs_of_any_length(steps):
+    """It rises for no more than a tenth of a run."""
+    trainer = tiny_trainer(random_points(), warmup=100, lr=1e-2, max_steps=steps)
+    rates = []
+    for step in range(steps):
+        trainer.step = step
+        rates.append(trainer.set_lr(step / steps))
+    assert max(rates) > 0.975e-2
+    assert rates.index(max(rates)) <= steps / 10
+    if steps >= 1000:  # the whole of what was asked for
+        slow = [min(1, (i + 1) / 101) * LR_SCHEDULES["cosine"](i / steps) for i in range(steps)]
+        assert rates == pytest.approx([1e-2 * factor for factor in slow])
 
 
 def test_lr_schedules_fall_from_one():
@@ -335,8 +625,11 @@ def test_loss_with_weighting_vlb_is_the_vlb(fields, noise_dist):
     trainer = tiny_trainer(random_points(), weighting="vlb", noise_dist=noise_dist, **fields)
     trainer.ema.denoise = DATA.denoise  # the exact denoiser of Gaussian data
     schedule = trainer.ema.schedule
+    x0 = DATA.sample(50_000)
     with torch.no_grad():
-        losses = trainer.ema_loss(DATA.sample(50_000), None, 0, "test")
+        losses = trainer.ema_loss(x0, None, 0, "test")
+        if schedule.network is not None:  # the bound is told: leave one of its terms
+            losses -= bound_terms(schedule, x0, trainer.eps(0, x0, "test"), discrete=False)
     if schedule.table is None:
         t = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
         exact = (rate(schedule.log_snr(t)) * schedule.neg_dlogsnr_dt(t)).mean()
@@ -376,18 +669,110 @@ def test_run_goes_on_from_the_present_step():
     assert losses == expected
 
 
-def test_run_by_the_clock_ends_by_the_clock(monkeypatch):
-    """A step takes a second on this clock, so a minute takes 60."""
-    now = [100.0]
+@pytest.fixture
+def clock(monkeypatch, small_bn_batches):
+    """A clock, `clock.now` in seconds, by which a step takes 1 and a test 0.5."""
 
-    def step(self, lr_progress, train_step=Trainer.train_step):
-        now[0] += 1
-        return train_step(self, lr_progress)
+    class Clock:
+        now = 100.0
 
-    monkeypatch.setattr("ddp.training.time.monotonic", lambda: now[0])
-    monkeypatch.setattr(Trainer, "train_step", step)
-    trainer = tiny_trainer(random_points(), max_minutes=0.5, lr_schedule="linear", warmup=0, lr=1.0)
-    rates = [stats.lr for stats in trainer.run()]
-    assert rates == pytest.approx([1 - i / 30 for i in range(30)])
-    assert trainer.seconds == 30
-    assert math.isfinite(trainer.train_step(1.0).loss)
+    clock = Clock()
+
+    def timed(method, seconds):
+        def call(self, *args):
+            clock.now += seconds
+            return method(self, *args)
+
+        return call
+
+    monkeypatch.setattr("time.monotonic", lambda: clock.now)
+    monkeypatch.setattr(Trainer, "train_step", timed(Trainer.train_step, 1.0))
+    monkeypatch.setattr(Trainer, "val_loss", timed(Trainer.val_loss, 0.5))
+    return clock
+
+
+def test_minutes_alone_become_a_number_of_steps(clock):
+    trainer = tiny_trainer(random_points(), max_minutes=1.0, lr_schedule="linear", warmup=0, lr=1.0)
+    assert trainer.num_steps is None
+    trainer.plan_steps()
+    # a minute without the trial, of 6 steps and a test, and without ten tests
+    assert trainer.num_steps == trainer.config.planned_steps == 48
+    config = trainer.config
+    trainer.plan_steps()  # once is enough
+    assert trainer.config is config
+    stats = list(trainer.run())
+    assert [s.lr for s in stats] == pytest.approx([1 - i / 48 for i in range(48)])
+    assert [s.progress for s in stats] == pytest.approx([i / 48 for i in range(1, 49)])
+    assert list(trainer.run()) == []
+
+
+def test_plan_counts_the_saves_that_were_asked_for(clock):
+    trainer = tiny_trainer(random_points(), max_minutes=1.0, save_every=2)
+    trainer.plan_steps()
+    assert trainer.num_steps == 42  # of 1.25 seconds each, in what the trial left of the minute
+
+
+@pytest.mark.parametrize("fields", [{}, {"noise_dist": "importance"}, {"schedule": "learned"}])
+def test_planning_leaves_no_trace(fields, small_bn_batches):
+    """Bit for bit: in the state, and in the run that follows."""
+    trainer = tiny_trainer(random_points(), max_minutes=0.002, **fields)
+    before = copy.deepcopy(trainer.state_dict())
+    trainer.plan_steps()
+    after = dict(tensors(trainer.state_dict()))
+    for path, tensor in tensors(before):
+        assert torch.equal(after.pop(path), tensor), path
+    assert not after
+    assert (trainer.step, trainer.seconds, trainer.best) == (0, 0.0, None)
+    steps = trainer.num_steps
+    untried = tiny_trainer(random_points(), max_steps=steps, **fields)
+    count = min(3, steps)
+    ours = [trainer.train_step(i / steps).loss.item() for i in range(count)]
+    assert ours == [untried.train_step(i / steps).loss.item() for i in range(count)]
+
+
+@pytest.mark.parametrize("jump", [-1e6, 0.0, 1e6])
+def test_resumed_run_by_minutes_equals_uninterrupted(clock, jump):
+    """Wherever the clock is set to, and however fast the machine is by then."""
+    config = {"max_minutes": 0.4}
+    whole = tiny_trainer(random_points(), **config)
+    expected = [(stats.loss.item(), stats.lr) for stats in whole.run()]
+    assert len(expected) > 5
+    first = tiny_trainer(random_points(), **config)
+    seen = []
+    for stats in first.run():
+        seen.append((stats.loss.item(), stats.lr))
+        if first.step == 3:
+            break
+    state = copy.deepcopy(first.state_dict())
+    clock.now += jump
+    resumed = Trainer(resume_config(first.config, config), first.dataset)
+    resumed.load_state_dict(state)
+    for stats in resumed.run():
+        seen.append((stats.loss.item(), stats.lr))
+        clock.now += jump / 7 + 3
+    assert seen == expected
+    for path, tensor in tensors(whole.state_dict()):
+        assert torch.equal(dict(tensors(resumed.state_dict()))[path], tensor), path
+
+
+def test_resume_with_other_minutes_plans_anew(clock):
+    first = tiny_trainer(random_points(), max_minutes=0.4)
+    first.plan_steps()
+    for _ in range(3):
+        first.train_step(0.0)
+    first.seconds = 9.0
+    longer = Trainer(resume_config(first.config, {"max_minutes": 2.0}), first.dataset)
+    longer.load_state_dict(first.state_dict())
+    longer.plan_steps()
+    assert longer.num_steps == 3 + 120 - 9 - 6 - 5 - 1
+    shorter = Trainer(resume_config(first.config, {"max_minutes": 0.1}), first.dataset)
+    shorter.load_state_dict(first.state_dict())
+    assert list(shorter.run()) == []  # that time is over
+
+
+def test_minutes_cut_off_a_run_of_known_length(clock):
+    trainer = tiny_trainer(random_points(), max_minutes=0.5, max_steps=100, lr_schedule="linear")
+    stats = list(trainer.run())
+    assert len(stats) == trainer.step == trainer.seconds == 30
+    assert stats[-1].lr == pytest.approx(1e-3 * (1 - 29 / 100))  # the lr follows the steps
+    assert stats[-1].progress == 1

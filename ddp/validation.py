@@ -1,0 +1,92 @@
+"""The EMA model made ready, its loss on items that no gradient sees, and what a lost run is."""
+
+import math
+
+import torch
+from torch import nn
+
+from ddp.forward import alpha_sigma
+from ddp.model import PREDICTIONS
+
+VAL_ITEMS, VAL_BATCH = 2000, 500
+BATCH_POSITIONS = 64 * 64  # of an image for which batches are as large as asked for
+FAR_BOUND = 5.0  # nats a dimension
+LEAST_BOUND = -10.0  # nats a dimension of points, to which a learned schedule's ends hold the VLB
+
+
+def fitting_batch(event, size):
+    """Return `size`, or less for images of more than 64x64 pixels: as many numbers as of those."""
+    positions = math.prod(event[1:])  # 1 for points
+    return max(1, min(size, size * BATCH_POSITIONS // positions))
+
+
+@torch.no_grad()
+def recalibrate(
+    trainer,  # a Trainer
+    batches,
+    size,  # of each
+):
+    """Recompute BatchNorm's statistics of the EMA model under its own weights.
+
+    Batches are noised as in training, dropout is off, and the statistics are means over all
+    batches: a function of the weights and the seed alone."""
+    norms = [m for m in trainer.ema.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean over all batches
+        norm.train()
+    for k in range(batches if norms else 0):
+        x0, label = trainer.training_batch(k, fitting_batch(trainer.dataset.event, size))
+        trainer.ema_loss(x0, label, k, "bn")
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@torch.no_grad()
+def val_loss(
+    trainer,  # a Trainer
+    denoise=None,  # in the place of the EMA model's: (x_t, log_snr, label) -> x0_hat
+):
+    """Return the mean of trainer.ema_loss over `selection_items`, at fixed levels, fixed noise."""
+    dataset = trainer.dataset
+    total = 0.0
+    items = torch.arange(min(dataset.num_selection, VAL_ITEMS))
+    for k, indices in enumerate(items.split(fitting_batch(dataset.event, VAL_BATCH))):
+        x0, label = dataset.selection_items(indices)
+        if label is not None:
+            label = label.to(trainer.device) if trainer.model.num_classes else None
+        total += trainer.ema_loss(x0.to(trainer.device), label, k, "test", denoise).sum().item()
+    return total / len(items)
+
+
+def least_loss(trainer):
+    """Return a number that every loss of the trainer's is above."""
+    learned = trainer.model.schedule.network is not None
+    return LEAST_BOUND if learned and not trainer.dataset.is_image else 0.0
+
+
+@torch.no_grad()
+def is_diverged(trainer, loss):
+    """Return whether a val_loss is that of a run gone wrong.
+
+    It is not finite, or as small as none can be, or far above the best one so far: by half of the
+    loss of a network that outputs 0 or, without a best, above 10 times that. The bound of a learned
+    schedule has no such scale: 5 nats a dimension are far. The loss of training items must be so,
+    too, or the model is only overfitted."""
+    if not math.isfinite(loss) or loss <= least_loss(trainer):
+        return True
+
+    def output_zero(x_t, log_snr, label):
+        c_skip, _ = PREDICTIONS[trainer.model.prediction](*alpha_sigma(log_snr, x_t))
+        return c_skip * x_t
+
+    of_zero = val_loss(trainer, output_zero)
+    if trainer.model.schedule.network is not None:
+        limit = FAR_BOUND + (of_zero if trainer.best is None else trainer.best)
+    else:
+        limit = 10 * of_zero if trainer.best is None else trainer.best + of_zero / 2
+    if loss <= limit:
+        return False
+    x0, label = trainer.training_batch(0, fitting_batch(trainer.dataset.event, VAL_BATCH))
+    return not trainer.ema_loss(x0, label, 0, "test").mean().item() <= limit  # NaN is above, too
