@@ -1,218 +1,218 @@
-"""The folder of a run: its name, what is written there, and where a run goes on from."""
+"""The folder of a run: its name, where a run goes on from, and where its data are."""
 
-import csv
-import math
+import os
 import re
-import shutil
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from ddp.config import Config, resume_config
-from ddp.data import resolve_name, to_pixels
-from ddp.io.checkpoint import (
-    RESUME_KEYS,
-    checkpoint_state,
-    parse_config,
-    read_checkpoint,
-    require_keys,
-    strip_training_state,
-    write_checkpoint,
-)
-from ddp.io.device import sampling_dtype
-from ddp.io.figures import grid_or_scatter, loss_curve, to_pil
-from ddp.io.files import atomic_write
-from ddp.options import SamplerOptions
-from ddp.sampling import cycle_labels, sample
+from ddp.data import DATASETS, resolve_name
+from ddp.io.checkpoint import RESUME_KEYS, parse_config, read_checkpoint, require_keys
+from ddp.io.files import numbered
+from ddp.io.run_lock import count_items, lock_folder, read_record
 
-CHECK_EVERY = 20  # steps between two looks at the losses on a GPU, where each look waits for it
-COLUMNS = ("step", "epoch", "loss", "grad_norm", "lr", "test_loss")  # of log.csv
-SAMPLE_IMAGES = 64  # that are written as a run goes
-SAMPLE_POINTS = 2000  # the same of points
+MAX_NAMES = 3  # of changed files, that an error line shows
 
 
 def resolve_run(overrides, resume=None):
     """Return (config, folder, the checkpoint's path, its dict); of a new run the last two are None.
 
     overrides: the fields of Config that were set. resume: a checkpoint, a run's folder, or auto,
-    the newest of this run. Nothing is created. Raises ValueError when something there would be
-    overwritten, OSError when the checkpoint cannot be read."""
+    the newest run, see newest_run. Nothing is created. Raises ValueError when something there would
+    be overwritten, OSError when the checkpoint cannot be read."""
+    overrides = dict(overrides)
     if "dataset" in overrides:
-        overrides = overrides | {"dataset": resolve_name(overrides["dataset"])}
+        overrides["dataset"] = resolve_name(overrides["dataset"])
+    if "data_dir" in overrides:
+        overrides["data_dir"] = absolute(overrides["data_dir"])
     config = Config(**overrides)  # of a new run
-    dataset = Path(config.dataset)
-    name = config.name or (dataset.stem if dataset.is_file() else dataset.name)
-    folder = Path(config.out_dir) / name
-    path = find_checkpoint(folder, resume, may_number=not config.name)
-    if path is None:
-        return config, new_folder(folder, may_number=not config.name), None, None
+    path = newest_run(config, overrides) if resume == "auto" else resume and Path(resume)
+    if not path:
+        config = replace(config, data_dir=absolute(config.data_dir))
+        folder = Path(config.out_dir) / (config.name or run_name(config.dataset))
+        return config, next(free_folders(folder, not config.name)), None, None
+    path = Path(absolute(path / "last.pth" if path.is_dir() else path))
     state = read_checkpoint(path)
     if "optimizer" not in state:
         raise OSError(f"{path} was stripped for shipping; resume last.pth, best.pth or step_*.pth")
     require_keys(path, state, RESUME_KEYS)
-    config = resume_config(parse_config(state, path), overrides)  # or it would be another run
+    config = resumed_config(parse_config(state, path), overrides, path)
     own = path.parent  # the run that the checkpoint is of
     folder = Path(overrides.get("out_dir", own.parent)) / overrides.get("name", own.name)
-    if folder.resolve() != own.resolve():  # a branch: a new run from this checkpoint
-        return config, new_folder(folder), path, state
+    if folder.resolve() == own.resolve():
+        if path.name != "last.pth":
+            require_newest(path, state["step"])
+        return config, own, path, state
+    return config, next(free_folders(folder)), path, state  # a branch: a new run from there
+
+
+def absolute(path):
+    """Return a path as an absolute one, which means the same from another folder; ~ is a home."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def resumed_config(config, overrides, path):
+    """Return the Config of a run that goes on from a checkpoint, with its data where they are now.
+
+    Raises ValueError when an override would make it another run."""
+    given = {name: overrides.get(name) for name in ("dataset", "data_dir")}
+    if given["dataset"] not in DATASETS and config.dataset not in DATASETS:
+        overrides = {name: value for name, value in overrides.items() if name != "dataset"}
+    config = resume_config(config, overrides)  # a path may differ: the data are compared instead
+    source = data_source(config, path, **given)
+    return replace(config, dataset=source["name"], data_dir=source["data_dir"])
+
+
+def newest_run(config, overrides):
+    """Return last.pth of the run that was saved last, or None where there is none to go on with.
+
+    Of the run called `name` or, of those numbered for it, on `dataset`; where neither was given,
+    of all runs in out_dir."""
+    names = ".*"
+    if config.name:
+        names = re.escape(config.name)
+    elif "dataset" in overrides:
+        names = re.escape(run_name(config.dataset)) + r"(-\d+)?"  # digits, digits-2, ...
+    found = {}  # path -> time of its last change
+    for path in Path(config.out_dir).glob("*/last.pth"):
+        its_dataset = read_record(path.parent).get("dataset", config.dataset)
+        other = "dataset" in overrides and its_dataset != config.dataset
+        if re.fullmatch(names, path.parent.name) and not other:
+            found[path] = path.stat().st_mtime
+    return max(found, key=found.get, default=None)
+
+
+def require_newest(path, step):
+    """Raise ValueError when last.pth beside a checkpoint is of a later step: it would be lost."""
+    last = path.parent / "last.pth"
     try:
-        newest = read_checkpoint(own / "last.pth")["step"]
+        newest = read_checkpoint(last)["step"]
     except OSError:  # absent or damaged: there is nothing to lose
-        newest = 0
-    if newest > state["step"]:
+        return
+    if newest > step:
         raise ValueError(
-            f"resume={path} is at step {state['step']}, but {own / 'last.pth'} is at step {newest} "
+            f"resume={path} is at step {step}, but {last} is at step {newest} "
             "and would be overwritten; resume that one, or set name for a new run"
         )
-    return config, own, path, state
 
 
-def new_folder(folder, may_number=False):
-    """Return the folder for a new run, with may_number the first free of it, folder-2, ...
+def checkpoints(folder):
+    """Return the checkpoints in a folder, without hidden files: those may be half written."""
+    return [path for path in folder.glob("*.pth") if not path.name.startswith(".")]
 
-    Raises ValueError where something would be lost: a checkpoint, or a row in the log."""
-    free = folder
-    i = 1
-    while any(free.glob("*.pth")) or read_log(free):  # a log without rows is nothing to lose
-        if not may_number:
+
+def free_folders(folder, may_number=False):
+    """Yield folders without checkpoints, for a new run; with may_number also folder-2, ...
+
+    Raises ValueError where there is no other."""
+    for path in numbered(folder):
+        if not checkpoints(path):
+            yield path
+        elif not may_number:
             raise ValueError(
                 f"name={folder.name}: {folder.resolve()} holds a run already; choose another "
                 f"name, or go on with it: resume={folder}"
             )
-        i += 1
-        free = folder.with_name(f"{folder.name}-{i}")
-    return free
+        if not may_number:
+            return
 
 
-def find_checkpoint(folder, resume, may_number):
-    """Return the path that `resume` means, or None: there is no run at `folder` to go on with."""
-    if resume is None:
-        return None
-    if resume == "auto":
-        own = re.escape(folder.name) + (r"(-\d+)?" if may_number else "")  # digits, digits-2, ...
-        paths = folder.parent.glob("*/last.pth")
-        paths = [path for path in paths if re.fullmatch(own, path.parent.name)]
-        return max(paths, key=lambda path: path.stat().st_mtime, default=None)
-    path = Path(resume)
-    return path / "last.pth" if path.is_dir() else path
+def take_folder(folder, may_number=False):
+    """Lock the first free folder for a new run -> (folder, its open run.json).
 
-
-class RunDir:
-    """A writer of log.csv, last.pth, best.pth, step_*.pth, model.pth, samples/ and loss.png.
-
-    A run that goes on from a checkpoint keeps the log next to it, up to its step."""
-
-    def __init__(self, folder, resume_path=None, step=0):
-        self.folder = folder.resolve()
-        self.pending = []  # rows that are not in log.csv yet
-        self.latest_loss = math.nan  # the newest one that was looked at
-        old = read_log(resume_path.parent) if resume_path else []
-        rows = [row for row in old if int(row["step"]) <= step]  # later ones are done again
-
-        def write(path):
-            with open(path, "w", newline="") as f:
-                writer = csv.DictWriter(f, COLUMNS)
-                writer.writeheader()
-                writer.writerows(rows)
-
-        atomic_write(self.folder / "log.csv", write)
-
-    def log_step(self, stats):
-        """Remember a step's StepStats. On a GPU the losses stay there, and are checked at times.
-
-        Raises FloatingPointError when a loss is not finite."""
-        row = [stats.step, stats.epoch, stats.loss, stats.grad_norm, stats.lr, None]
-        self.pending.append(row)
-        if stats.loss.device.type == "cpu" or len(self.pending) % CHECK_EVERY == 0:
-            self.check()
-
-    def check(self):
-        """Move the newest losses to the CPU. Raises FloatingPointError when one is not finite."""
-        for row in self.pending[-CHECK_EVERY:]:
-            row[2] = float(row[2])  # loss
-            row[3] = float(row[3])  # gradient norm
-            self.require_finite(row[2], "loss", row[0])
-            self.latest_loss = row[2]
-
-    def require_finite(self, loss, name, step):
-        """Raise FloatingPointError, which says what may help, when a loss is not finite."""
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the {name} became {loss} at step {step}. Nothing was saved since "
-                f"{self.folder / 'last.pth'}, if that is there. "
-                "Try a lower lr, a smaller grad_clip, more warmup, or precision=fp32"
-            )
-
-    def write_log(self, test_loss=None):
-        """Append the remembered steps to log.csv, the last with its test loss."""
-        self.check()
-        if self.pending:
-            self.pending[-1][-1] = test_loss  # None leaves the cell empty
-        with open(self.folder / "log.csv", "a", newline="") as f:
-            writer = csv.writer(f)
-            for row in self.pending:  # nine digits tell float32 numbers apart
-                writer.writerow([f"{v:.9g}" if isinstance(v, float) else v for v in row])
-        self.pending = []
-
-    def save(self, trainer, keep):
-        """Test the EMA model, write last.pth, step_*.pth and, if it is the best, best.pth.
-
-        Of step_*.pth the newest `keep` stay. Returns a line that says what was done."""
-        trainer.recalibrated_ema()  # BatchNorm statistics that belong to the EMA weights
-        test_loss = trainer.test_loss()
-        self.require_finite(test_loss, "test loss", trainer.step)
-        self.write_log(test_loss)
-        copies = []
-        if trainer.best is None or test_loss < trainer.best:
-            trainer.best = test_loss
-            copies.append(self.folder / "best.pth")
-        if keep:
-            copies.append(self.folder / f"step_{trainer.step:08d}.pth")
-        last = write_checkpoint(self.folder / "last.pth", checkpoint_state(trainer))
-        for path in copies:  # the same bytes as last.pth
-            atomic_write(path, partial(shutil.copyfile, last))
-        for old in sorted(self.folder.glob("step_*.pth"))[: -keep or None]:  # keep=0: all
-            old.unlink()
-        paths = ", ".join(str(path) for path in [last, *copies])
-        return f"step {trainer.step:,}: test loss {test_loss:.5f}, wrote {paths}"
-
-    def save_interrupted(self, trainer):
-        """Write last.pth between two regular saves, leaving no other trace. Returns its path."""
-        self.write_log()
-        trainer.recalibrated_ema()  # as in save, but nothing is tested
-        return write_checkpoint(self.folder / "last.pth", checkpoint_state(trainer))
-
-    def export(self, trainer):
-        """Write model.pth: all that sampling needs, no more. Returns what was done, a line."""
-        state = strip_training_state(checkpoint_state(trainer))
-        path = write_checkpoint(self.folder / "model.pth", state)
-        return f"step {trainer.step:,}: done, wrote {path} ({path.stat().st_size / 1e6:.1f} MB)"
-
-    def write_samples(self, trainer):
-        """Write the loss curve, and samples of the EMA model from fixed noise. Returns a line."""
-        self.write_log()
-        curve = to_pil(loss_curve(read_log(self.folder)))
-        curve_path = atomic_write(self.folder / "loss.png", curve.save)
-        dtype = sampling_dtype(None, trainer.precision, trainer.device)
-        model = trainer.recalibrated_ema().for_inference(dtype)
-        indices = torch.arange(SAMPLE_IMAGES if model.is_image else SAMPLE_POINTS)
-        label = cycle_labels(model, indices)  # (N,) or None
-        options = SamplerOptions().resolve(model)
+    Raises ValueError when it holds a run, or a process trains there; with may_number the next one
+    is tried."""
+    for free in free_folders(folder, may_number):
         try:
-            x0 = sample(model, indices, trainer.config.seed, label, **options)  # (N, *event)
-        except FloatingPointError:  # of points, early in a run; the weights are finite
-            return f"step {trainer.step:,}: samples are not finite yet, no image written"
-        reference = None if model.is_image else trainer.dataset.test  # points say little alone
-        image = grid_or_scatter(to_pixels(x0).cpu(), reference)
-        path = atomic_write(self.folder / "samples" / f"step_{trainer.step:08d}.png", image.save)
-        return f"step {trainer.step:,}: wrote {path}, {curve_path}"
+            lock = lock_folder(free)
+        except ValueError:
+            if not may_number:
+                raise
+            continue
+        if not checkpoints(free):  # nobody trained there meanwhile
+            return free, lock
+        lock.close()
+    raise ValueError(f"name={folder.name}: {folder.resolve()} holds a run already; choose another")
 
 
-def read_log(folder):
-    """Return the rows of log.csv, dicts of strings, without a last row that a crash cut short."""
-    path = folder / "log.csv"
-    if not path.exists():
+# ---- the data of a checkpoint ----
+
+
+def run_name(dataset):
+    """Return what a run on a dataset is called: a name as it is, of a folder or .zip its own."""
+    path = Path(dataset)
+    return (path.stem if path.suffix.lower() == ".zip" else path.name) or "data"
+
+
+def data_source(config, checkpoint_path, dataset=None, data_dir=None):
+    """Return the keyword arguments with which data.load_dataset finds a checkpoint's data.
+
+    A path that only the file names is not followed, for it may be a stranger's file. In its place:
+    `dataset` or `data_dir` as the user gave them, else what run.json beside the checkpoint says of
+    this run on this machine. Raises ValueError when neither says where the data are."""
+    record = read_record(Path(checkpoint_path).parent)
+    if run_name(str(record.get("dataset"))) != run_name(config.dataset):
+        record = {}  # of another run
+    known = str(record["dataset"]) if record else config.dataset
+    is_path = known not in DATASETS
+    if dataset is None and is_path and data_dir is not None:  # where the data have moved to
+        inside = Path(data_dir, Path(config.dataset).name)
+        dataset = str(inside if inside.exists() else data_dir)
+    if dataset is None and is_path and not record:
+        raise ValueError(
+            f"{checkpoint_path} was trained on {config.dataset}; a path in a file is followed only "
+            "in the folder of a run of this machine: set dataset to where those images are"
+        )
+    options = config.data_options()
+    options["name"] = resolve_name(known if dataset is None else dataset)
+    if options["name"] in DATASETS:  # which has a size and splits of its own
+        options |= dict.fromkeys(("image_size", "channels", "test_fraction"))
+    options["data_dir"] = data_dir or str(record.get("data_dir", Config.data_dir))
+    return options
+
+
+def require_same_data(state, path, dataset):
+    """Raise OSError, which says what changed, unless a checkpoint's dict is of this Dataset.
+
+    path: the checkpoint's, beside which run.json may tell more."""
+    theirs = state["provenance"].get("fingerprint")  # None in a file that lacks it
+    ours = dataset.fingerprint
+    if theirs == ours:
+        return
+    record = read_record(Path(path).parent)
+    was = record.get("items")
+    now = count_items(dataset)
+    changes = f"fingerprint {theirs} then, {ours} now"
+    if was != now and isinstance(was, dict):
+        counts = {name: (was.get(name, 0), now[name]) for name in now}
+        changed = [f"{a} {name} items then, {b} now" for name, (a, b) in counts.items() if a != b]
+        changes = ", ".join(changed)
+    names = changed_since(record.get("dataset"), record.get("started"))
+    if names:
+        more = f" and {len(names) - MAX_NAMES:,} more" if len(names) > MAX_NAMES else ""
+        changes += f"; changed since: {', '.join(names[:MAX_NAMES])}{more}"
+    raise OSError(
+        f"{path} was trained on other data than {dataset.name} is now ({changes}); put the data "
+        "back, set dataset to where they are, or go on with the present ones by new_data"
+    )
+
+
+def changed_since(dataset, seconds):
+    """Return names of the files and folders of a dataset that changed after a time since 1970."""
+    if not isinstance(dataset, str) or not isinstance(seconds, float):
         return []
-    with open(path, newline="", errors="replace") as f:  # a crash writes anything
-        return [row for row in csv.DictReader(f) if None not in row.values()]
+    place = Path(dataset)
+    paths = [place, *sorted(place.rglob("*"))] if dataset not in DATASETS else []
+    # a folder changes when something is put there or removed
+    return [str(path) for path in paths if path.exists() and path.stat().st_ctime > seconds]
+
+
+def accept_data(state, dataset):
+    """Make a checkpoint's dict one of this Dataset, which has changed since.
+
+    Raises ValueError when its items or classes are of another kind."""
+    for name, now in (("event", list(dataset.event)), ("classes", list(dataset.classes))):
+        if state[name] != now:
+            raise ValueError(f"new_data: {name} was {state[name]} and is {now}; start a new run")
+    state["provenance"]["fingerprint"] = dataset.fingerprint
+    state["best"] = None  # a loss on other items

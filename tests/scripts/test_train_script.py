@@ -1,7 +1,9 @@
 """train.py from end to end: what it writes, refuses, resumes and reports."""
 
+import contextlib
 import itertools
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -29,8 +31,10 @@ from PIL import Image
 
 from ddp.config import Config, resume_config
 from ddp.data import load_dataset
+from ddp.io import run_writer
 from ddp.io.checkpoint import INFERENCE_KEYS, load_model, read_checkpoint
-from ddp.io.run_dir import RunDir
+from ddp.io.run_lock import RECORD, lock_folder, read_record
+from ddp.io.run_writer import RunWriter
 
 
 @pytest.fixture(scope="module")
@@ -59,27 +63,27 @@ def test_train_writes_a_run(trained):
     folder = trained / "digits"
     names = {path.name for path in folder.iterdir()}
     numbered = {"step_00000018.pth", "step_00000020.pth"}  # two are kept
-    others = {"last.pth", "best.pth", "model.pth", "log.csv", "loss.png", "samples"}
+    others = {"last.pth", "best.pth", "model.pth", "log.csv", "loss.png", "samples", RECORD}
     assert names == numbered | others
     rows = read_rows(folder)
     assert [int(row["step"]) for row in rows] == list(range(1, 21))
-    tested = [row for row in rows if row["test_loss"]]
+    tested = [row for row in rows if row["val_loss"]]
     assert [int(row["step"]) for row in tested] == [6, 12, 18, 20]
     samples = sorted(path.name for path in (folder / "samples").iterdir())
     assert samples == ["step_00000010.png", "step_00000020.png"]
-    best = min(float(row["test_loss"]) for row in tested)
+    best = min(float(row["val_loss"]) for row in tested)
     assert read_checkpoint(folder / "best.pth")["best"] == pytest.approx(best, rel=1e-6)
 
 
 def count_saves(monkeypatch):
     """Replace what a run writes on the way by notes: return the lists of steps of saves, samples.
 
-    The log is still written, with a test loss of 1."""
+    The log is still written."""
     saves = []
     samples = []
 
-    def save(self, trainer, keep):
-        self.write_log(1.0)
+    def save(self, trainer, keep, final=False):
+        self.flush_log()
         saves.append(trainer.step)
         return "saved"
 
@@ -87,8 +91,8 @@ def count_saves(monkeypatch):
         samples.append(trainer.step)
         return "sampled"
 
-    monkeypatch.setattr(RunDir, "save", save)
-    monkeypatch.setattr(RunDir, "write_samples", write_samples)
+    monkeypatch.setattr(RunWriter, "save", save)
+    monkeypatch.setattr(RunWriter, "write_samples", write_samples)
     return saves, samples
 
 
@@ -143,22 +147,38 @@ def test_train_overwrites_no_run(numbered, tmp_path):
         assert path.read_bytes() == content
 
 
-def test_time_limit_ends_the_run_and_saves_on_the_way(tmp_path, monkeypatch):
-    """On a clock that moves a second at each look, so that this machine's speed has no say."""
+def clock_of(monkeypatch, *modules):
+    """Give modules a clock that moves a second at each look, so that no machine has a say."""
     ticks = itertools.count()
     clock = types.SimpleNamespace(monotonic=lambda: float(next(ticks)))
-    monkeypatch.setattr("ddp.training.time", clock)
+    for module in modules:
+        monkeypatch.setattr(f"ddp.{module}.time", clock)
+
+
+def test_time_limit_ends_the_run_and_saves_on_the_way(tmp_path, monkeypatch):
+    clock_of(monkeypatch, "training")
     saves, _ = count_saves(monkeypatch)
-    flags = [*TINY, "--max_minutes", 0.5]
-    for name, more in (("steps", ["--epochs", 10**6]), ("time", [])):
-        saves.clear()
-        run("train.py", *flags, *more, "--name", name, cwd=tmp_path)
-        rows = read_rows(tmp_path / "checkpoints" / name)
-        assert 25 < len(rows) <= 30
-        assert len(saves) == 10
-        assert saves[-1] == len(rows)
-    peak = max(float(row["lr"]) for row in rows)  # of the run that time alone governs
-    assert float(rows[-1]["lr"]) < peak / 10
+    run("train.py", *TINY, "--max_minutes", 0.5, "--epochs", 10**6, cwd=tmp_path)
+    rows = read_rows(tmp_path / "checkpoints" / "digits")
+    assert 25 < len(rows) <= 30
+    assert len(saves) == 10
+    assert saves[-1] == len(rows)
+
+
+def test_minutes_are_planned_as_steps_of_which_a_resume_is_the_same_run(tmp_path, monkeypatch):
+    flags = [*TINY, "--max_minutes", 0.5, "--sample_every", 10**6, "--save_every", 8]
+    with monkeypatch.context() as patch:
+        clock_of(patch, "planning", "training")
+        out = run("train.py", *flags, "--dropout", 0.1, cwd=tmp_path)
+    whole = tmp_path / "checkpoints" / "digits"
+    found = re.search(r"step 0 of (\d+), planned from 0.5 minutes at [\d.,]+ ms a step", out)
+    rows = read_rows(whole)
+    assert 5 <= len(rows) == int(found[1])
+    assert float(rows[-1]["lr"]) < max(float(row["lr"]) for row in rows) / 10
+    half = sorted(whole.glob("step_*.pth"))[0]
+    assert read_checkpoint(half)["step"] < len(rows)
+    run("train.py", "--resume", half, "--name", "resumed", cwd=tmp_path)  # on another clock
+    assert_same_run(whole, tmp_path / "checkpoints" / "resumed")
 
 
 # ---- seeds ----
@@ -183,7 +203,7 @@ def assert_same_run(folder_a, folder_b):
     a = read_checkpoint(folder_a / "last.pth")
     b = read_checkpoint(folder_b / "last.pth")
     for state in (a, b):
-        del state["seconds"], state["config"]["name"]
+        del state["seconds"], state["config"]["name"], state["config"]["data_dir"]
     assert_equal(a, b, "checkpoint")
     assert (folder_a / "log.csv").read_bytes() == (folder_b / "log.csv").read_bytes()
 
@@ -233,14 +253,14 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path, line):
 
 def interrupt_at(step, number, monkeypatch):
     """Let a signal come right after a step of whatever is trained in this process."""
-    log_step = RunDir.log_step
+    log_step = RunWriter.log_step
 
     def log_step_and_interrupt(self, stats):
         log_step(self, stats)
         if stats.step == step:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(RunDir, "log_step", log_step_and_interrupt)
+    monkeypatch.setattr(RunWriter, "log_step", log_step_and_interrupt)
 
 
 INTERRUPTED = [*TINY, "--max_steps", 8, "--save_every", 4, "--sample_every", 8, "--dropout", 0.1]
@@ -253,7 +273,7 @@ def uninterrupted(tmp_path_factory):
     return folder / "checkpoints" / "digits"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
     uninterrupted, tmp_path, monkeypatch, number
 ):
@@ -262,7 +282,7 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(
         result = execute("train.py", *INTERRUPTED, "--name", "broken", cwd=tmp_path)
     folder = tmp_path / "checkpoints" / "broken"
     assert result.code == 128 + number
-    assert f"python train.py --resume {folder}" in result.out
+    assert f"python {ROOT / 'train.py'} --resume {folder}" in result.out  # from any folder
     assert read_checkpoint(folder / "last.pth")["step"] == 6
     assert len(read_rows(folder)) == 6
     assert "again to stop at once" in result.err
@@ -278,6 +298,29 @@ def test_second_signal_stops_at_once(tmp_path, monkeypatch):
     assert result.code == 130
     assert read_checkpoint(tmp_path / "checkpoints" / "digits" / "last.pth")["step"] == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signal_while_the_model_is_exported_leaves_it_whole(tmp_path, monkeypatch):
+    write_checkpoint = run_writer.write_checkpoint
+
+    def write_and_interrupt(path, state):
+        if path.name == "model.pth":
+            signal.raise_signal(signal.SIGTERM)
+        return write_checkpoint(path, state)
+
+    monkeypatch.setattr(run_writer, "write_checkpoint", write_and_interrupt)
+    result = execute("train.py", *SHORT, cwd=tmp_path)
+    assert result.code == 0, result.err
+    folder = tmp_path / "checkpoints" / "digits"
+    assert read_checkpoint(folder / "model.pth")["step"] == 2
+    assert not list(folder.glob(".*"))
+
+
+def test_interrupted_resume_says_what_model_it_leaves(numbered, tmp_path, monkeypatch):
+    folder = shutil.copytree(numbered, tmp_path / "a")
+    interrupt_at(7, signal.SIGINT, monkeypatch)
+    out = execute("train.py", "--resume", folder, "--max_steps", 9, cwd=tmp_path).out
+    assert f"{folder / 'model.pth'} is still that of step 5" in out
 
 
 def start(*flags, cwd):
@@ -299,9 +342,9 @@ def wait_for(path, process):
 
 
 def test_ctrl_c_to_the_program_saves_and_says_how_to_go_on(tmp_path):
-    process = start("--save_every", 1000, "--name", "a", cwd=tmp_path)
+    process = start("--save_every", 3, "--name", "a", cwd=tmp_path)
     folder = tmp_path / "checkpoints" / "a"
-    wait_for(folder / "log.csv", process)  # training begins
+    wait_for(folder / "step_00000003.pth", process)
     process.send_signal(signal.SIGINT)
     text = process.communicate(timeout=60)[0]
     assert process.returncode == 130, text
@@ -323,6 +366,105 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path):
     flags = ["--max_steps", step + 2, "--name", "a", "--resume", "auto"]
     run("train.py", *flags, cwd=tmp_path)
     assert [int(row["step"]) for row in read_rows(folder)] == list(range(1, step + 3))
+
+
+def test_finished_run_says_how_to_go_on(numbered, tmp_path):
+    folder = shutil.copytree(numbered, tmp_path / "a")
+    before = {path: path.read_bytes() for path in folder.glob("*.pth")}
+    out = run("train.py", "--resume", folder, cwd=tmp_path)
+    assert "step 5 of 5" in out
+    assert "to go on, give a larger --epochs, --max_steps or --max_minutes" in out
+    assert {path: path.read_bytes() for path in folder.glob("*.pth")} == before
+    (folder / "model.pth").unlink()  # as if it was killed right before
+    assert "model.pth" in run("train.py", "--resume", folder, cwd=tmp_path)
+    a, b = (read_checkpoint(path / "model.pth") for path in (numbered, folder))
+    assert_equal(a["ema"], b["ema"], "weights")
+
+
+def test_resume_auto_says_what_it_found_or_where_there_is_nothing(numbered, tmp_path):
+    out = run("train.py", *SHORT, "--resume", "auto", "--out_dir", "runs", cwd=tmp_path)
+    assert f"nothing to resume in {tmp_path / 'runs'}: a new run" in out
+    folder = shutil.copytree(numbered, tmp_path / "runs" / "b")
+    (folder / "last.pth").touch()
+    out = run("train.py", "--resume", "auto", "--out_dir", "runs", "--max_steps", 6, cwd=tmp_path)
+    assert f"resume: {folder / 'last.pth'}, step 5, the newest" in out
+    assert read_checkpoint(folder / "last.pth")["step"] == 6
+
+
+# ---- two at once ----
+
+
+def test_folder_in_which_a_process_trains_is_left_to_it(numbered, tmp_path):
+    runs = tmp_path / "checkpoints"
+    folder = shutil.copytree(numbered, runs / "a")
+    with lock_folder(runs / "digits"), lock_folder(folder):
+        run("train.py", *SHORT, cwd=tmp_path)
+        assert "in use" in refused("train.py", *SHORT, "--name", "digits", cwd=tmp_path)
+        resume = ["--resume", folder, "--max_steps", 6]
+        assert "in use" in refused("train.py", *resume, cwd=tmp_path)
+        run("train.py", *resume, "--name", "branch", cwd=tmp_path)
+    assert {path.name for path in runs.iterdir()} == {"a", "digits", "digits-2", "branch"}
+    assert [path.name for path in (runs / "digits").iterdir()] == [RECORD]
+    run("train.py", *SHORT, "--name", "digits", cwd=tmp_path)  # now it is free
+    run("train.py", *resume, cwd=tmp_path)
+
+
+# ---- what fails on the way ----
+
+
+def test_log_that_is_removed_on_the_way_does_not_end_the_run(tmp_path, monkeypatch):
+    log_step = RunWriter.log_step
+
+    def log_step_and_remove(self, stats):
+        log_step(self, stats)
+        if stats.step == 3:
+            (self.folder / "log.csv").unlink()
+
+    monkeypatch.setattr(RunWriter, "log_step", log_step_and_remove)
+    run("train.py", *TINY, "--max_steps", 5, "--save_every", 2, cwd=tmp_path)
+    assert (tmp_path / "checkpoints" / "digits" / "model.pth").exists()
+
+
+@contextlib.contextmanager
+def small_disk(size):
+    """A system on which no file gets larger than so many bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 16_000])
+def test_full_disk_is_said_in_a_line_and_leaves_nothing_half_written(tmp_path, size):
+    with small_disk(size):
+        line = refused("train.py", *SHORT, cwd=tmp_path, code=1)
+    assert "error:" in line
+    assert not list(tmp_path.rglob("*.pth"))
+    run("train.py", *SHORT, cwd=tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["digits"]
+
+
+def test_disk_that_is_full_for_a_while_costs_nothing(tmp_path, monkeypatch):
+    log_step = RunWriter.log_step
+    flags = [*TINY, "--max_steps", 8, "--save_every", 2]
+    run("train.py", *flags, "--name", "whole", cwd=tmp_path)
+    with contextlib.ExitStack() as disk:
+
+        def log_step_on_a_full_disk(self, stats):
+            log_step(self, stats)
+            if stats.step == 3:
+                disk.enter_context(small_disk(100))
+            if stats.step == 7:
+                disk.close()
+
+        monkeypatch.setattr(RunWriter, "log_step", log_step_on_a_full_disk)
+        result = execute("train.py", *flags, "--name", "poor", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert result.out.count("warning") == 4  # two checkpoints, two grids
+    assert result.err.count("warning") == 1  # the log
+    assert_same_run(tmp_path / "checkpoints" / "whole", tmp_path / "checkpoints" / "poor")
 
 
 def test_resume_of_an_early_checkpoint_needs_a_name(numbered, tmp_path):
@@ -429,7 +571,7 @@ def test_profile_reports_where_the_time_goes_and_writes_nothing(tmp_path, monkey
 
 
 def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
-    flags = [*TINY, "--lr", 1e30, "--grad_clip", 0, "--warmup", 0, "--save_every", 1]
+    flags = [*TINY, "--lr", 1e6, "--grad_clip", 0, "--warmup", 0, "--save_every", 1]
     line = refused("train.py", *flags, "--max_steps", 50, cwd=tmp_path, code=1)
     assert re.search(r"\blr\b", line)
     for path in (tmp_path / "checkpoints" / "digits").glob("*.pth"):
@@ -482,7 +624,6 @@ def test_loss_that_is_not_finite_stops_the_run_before_it_is_saved(tmp_path):
         ("--shift 1e-300", "shift"),
         ("--label_dropout 0.5", "class_cond"),
         ("--negative_slope 0.3 --activation silu", "negative_slope"),
-        ("--resume none.pth --plugin none.py", "plugin"),
     ],
 )
 def test_train_refuses_a_wrong_flag_before_any_work(tmp_path, flags, name):
@@ -533,6 +674,7 @@ def test_train_and_generate_with_every_option(files, tmp_path, line):
 
 def test_every_train_option_and_choice_is_used_by_a_test():
     elsewhere = {"--batch_size", "--resume", "--dry_run", "--max_steps", "--profile", "--compile"}
+    elsewhere |= {"--new_data"}
     elsewhere |= {"--plugin"}  # by test_registries.py
     text = execute("train.py", "--help", cwd=ROOT).out
     options = {"--" + name.replace("-", "_") for name in re.findall(r"--([a-z][\w-]*)", text)}
@@ -584,16 +726,32 @@ def test_folder_of_images_is_trained_on_and_found_again_when_it_moves(files, tmp
     arrays = read_arrays(tmp_path / "a.npz")
     assert arrays["images"].shape == (3, 10, 14, 3)
     assert arrays["labels"].tolist() == [0, 0, 0]
-    moved = shutil.copytree(files["images"], tmp_path / "elsewhere" / "all")
-    state = read_checkpoint(path)
-    state["config"]["dataset"] = "/gone/all"
-    torch.save(state, path)
+    images = shutil.copytree(files["images"], tmp_path / "elsewhere" / "all")
+    assert read_checkpoint(path.with_name("model.pth"))["config"]["dataset"] == "all"
+    (path.parent / RECORD).unlink()  # as in a checkpoint that came from elsewhere
     resume = ["--resume", path, "--max_steps", 3]
-    assert "data_dir" in refused("train.py", *resume, cwd=tmp_path)
-    run("train.py", *resume, "--data_dir", moved, cwd=tmp_path)
-    (moved / "red" / "1.png").unlink()
-    resume = ["--resume", path, "--max_steps", 4, "--data_dir", moved.parent]
-    assert "data_dir" in refused("train.py", *resume, cwd=tmp_path, code=1)  # other data
+    assert "set dataset" in refused("train.py", *resume, cwd=tmp_path)
+    run("train.py", *resume, "--dataset", images, cwd=tmp_path)
+    assert read_record(path.parent)["dataset"] == str(images)
+    run("train.py", "--resume", path, "--max_steps", 4, cwd=tmp_path)  # found there from now on
+    (images / "red" / "1.png").unlink()
+    resume = ["--resume", path, "--max_steps", 5]
+    line = refused("train.py", *resume, cwd=tmp_path, code=1)  # other data
+    assert re.search(r"(22 train|2 test) items then, \d+ now", line), line
+    assert f"{images / 'red'}" in line
+    assert "new_data" in line
+    assert read_checkpoint(path)["step"] == 4
+    run("train.py", *resume, "--new_data", cwd=tmp_path)
+    assert read_checkpoint(path)["step"] == 5
+
+
+def test_wrong_path_of_a_dataset_is_refused_by_name(files, tmp_path):
+    """Whatever lies in data_dir: a run on other images would be called after the wrong path."""
+    wrong = tmp_path / "photos" / files["images"].name
+    for place in (files["images"], files["images"].parent):
+        flags = ["--dataset", wrong, "--data_dir", place]
+        assert str(wrong) in refused("train.py", *SHORT, *flags, cwd=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_dataset_by_path_is_remembered_as_an_absolute_path(tmp_path):

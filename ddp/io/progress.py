@@ -1,0 +1,77 @@
+"""How far a run is: a bar where stderr is a terminal, else a plain line now and then."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+FIRST_WAIT, LONGEST_WAIT = 2, 60  # seconds to the next line, twice as many after each
+
+
+class Progress:
+    """A context manager that shows a run's progress on stderr, and lines of text above it."""
+
+    def __init__(
+        self,
+        step,  # at which the run goes on
+        num_steps,  # of the whole run
+        items,  # of a step
+    ):
+        self.start = step
+        self.num_steps = num_steps
+        self.items = items
+        self.started = time.monotonic()
+        self.wait = FIRST_WAIT
+        self.due = self.started + self.wait  # when the next line is written
+        self.bar = tqdm(
+            total=num_steps * items,
+            initial=step * items,
+            unit="item",
+            unit_scale=True,
+            mininterval=0.5,
+            disable=not sys.stderr.isatty(),
+        )
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.bar.close()
+
+    def tell(self, line):
+        """Write a line to stdout."""
+        tqdm.write(line)
+
+    def warn(self, line):
+        """Write a line to stderr."""
+        tqdm.write(line, file=sys.stderr)
+
+    def update(self, step, loss):
+        """Show that a step is done, whose loss is so large."""
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            self.bar.update(self.items)
+            return
+        now = time.monotonic()
+        if now < self.due or step >= self.num_steps:
+            return
+        self.wait = min(2 * self.wait, LONGEST_WAIT)
+        self.due = now + self.wait
+        seconds = (now - self.started) / (step - self.start)  # of a step
+        left = seconds * (self.num_steps - step)
+        time_left = f"{left / 60:,.0f} min" if left > 90 else f"{left:.0f} s"
+        self.warn(f"step {step:,} of {self.num_steps:,}, loss {loss:.4f}, about {time_left} left")
+
+
+def plan(trainer):
+    """Fix how many steps a Trainer's run has -> a text that says so, and of what it was made."""
+    is_known = trainer.num_steps is not None
+    trainer.plan_steps()
+    text = f"step {trainer.step:,} of {trainer.num_steps:,}"
+    if is_known:
+        return text
+    config = trainer.config
+    seconds = 60 * config.max_minutes - trainer.seconds
+    milliseconds = 1e3 * seconds / max(1, trainer.num_steps - trainer.step)
+    length = f"{config.max_minutes:g} minutes at {milliseconds:,.1f} ms a step"
+    return f"{text}, planned from {length}; it may end a little early or late"

@@ -1,0 +1,62 @@
+"""How far a run is: lines of text where there is no terminal, and what a run's length is called."""
+
+import io
+from types import SimpleNamespace
+
+import pytest
+
+from ddp.io import progress
+from ddp.io.progress import Progress, plan
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(progress, "time", clock)
+    return clock
+
+
+def test_lines_come_within_seconds_and_then_now_and_then(monkeypatch, clock):
+    stderr = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stderr)
+    times = []
+    with Progress(step=100, num_steps=10_000, items=16) as shown:
+        for step in range(101, 501):
+            clock.now += 1.0
+            length = len(stderr.getvalue())
+            shown.update(step, 0.25)
+            if len(stderr.getvalue()) > length:
+                times.append(clock.now)
+    assert times == [2, 6, 14, 30, 62, 122, 182, 242, 302, 362]
+    lines = stderr.getvalue().splitlines()
+    assert lines[0] == "step 102 of 10,000, loss 0.2500, about 165 min left"
+    assert "\r" not in stderr.getvalue()
+
+
+def test_a_terminal_shows_a_bar(monkeypatch, capsys):
+    stderr = Terminal()
+    monkeypatch.setattr("sys.stderr", stderr)
+    with Progress(step=0, num_steps=4, items=16) as shown:
+        for step in range(1, 5):
+            shown.update(step, 0.5)
+        shown.tell("saved")
+    assert "loss 0.5000" in stderr.getvalue()
+    assert "100%" in stderr.getvalue()
+    assert capsys.readouterr().out == "saved\n"
+
+
+def test_plan_says_what_a_length_in_minutes_came_to():
+    def plan_steps():
+        trainer.num_steps = 700
+
+    config = SimpleNamespace(max_minutes=2.0)
+    trainer = SimpleNamespace(step=100, num_steps=None, seconds=60.0, config=config)
+    trainer.plan_steps = plan_steps
+    text = plan(trainer)
+    assert text.startswith("step 100 of 700, planned from 2 minutes at 100.0 ms a step;")
+    assert plan(trainer) == "step 100 of 700"  # from then on
