@@ -27,11 +27,11 @@ class EditInputs:
     model: object  # a DiffusionModel
     options: dict  # keyword arguments of sampling.sample, as SamplerOptions.resolve returns them
     seed: int = 0
-    name: str | None = None  # a key of EDITS
+    name: str | None = None  # a key of EDITS; None: plain samples
     items: torch.Tensor | None = None  # (M, *event) x0 of the user; sample i edits item i mod M
     latents: torch.Tensor | None = None  # (M, *event) noise to start from
     mask: torch.Tensor | None = None  # (1 or M, *event) bool: what to fill in
-    strength: float = 0.5  # of SDEdit
+    strength: float = 0.7  # of SDEdit; measured, see docs/sampling.md
     jump_length: int = 10  # of RePaint
     jump_n_sample: int = 5
 
@@ -213,15 +213,20 @@ EDITS = {
 }
 
 
+def changes(inputs, indices, label):
+    """Return what the edit changes of sampling.sample's keyword arguments: nothing without one."""
+    return EDITS[inputs.name].function(inputs, indices, label) if inputs.name else {}
+
+
 def edited_samples(inputs, indices, label):
-    """Return (x0, given, latents) of samples `indices` (B,), edited.
+    """Return (x0, given, latents) of samples `indices` (B,), edited; plain, if `inputs` name none.
 
     given: what the user gave for them, or None; latents: the noise they began with, or None."""
-    edit = EDITS[inputs.name]
-    changes = edit.function(inputs, indices, label)
-    x0 = sample(inputs.model, indices, inputs.seed, label, **{**inputs.options, **changes})
-    given = inputs.given(indices) if edit.title else None
-    latents = changes["x_t"] if edit.keeps_latents else None
+    edit = EDITS.get(inputs.name)
+    changed = changes(inputs, indices, label)
+    x0 = sample(inputs.model, indices, inputs.seed, label, **{**inputs.options, **changed})
+    given = inputs.given(indices) if edit and edit.title else None
+    latents = changed["x_t"] if edit and edit.keeps_latents else None
     return x0, given, latents
 
 

@@ -2,14 +2,18 @@
 
 import argparse
 import dataclasses
+import math
 import os
 import runpy
+import shlex
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 from ddp.config import OLD_NAMES, OLD_VALUES
-from ddp.editing import EDITS
+from ddp.editing import EDITS, EditInputs
+from ddp.io.terminal import safe_process
 from ddp.options import SamplerOptions, image_size, integers
 
 NEW_NAMES = {new: old for old, new in OLD_NAMES.items()}
@@ -23,7 +27,22 @@ TOPICS = {
     "prediction": "the objective",
     "name": "output",
 }
-METAVARS = {int: "N", float: "X", integers: "N,N", image_size: "N or HxW"}
+
+
+def path(text):
+    """Return the path that a flag gives; one that the shell left as ~/name is below HOME."""
+    if not text:
+        raise argparse.ArgumentTypeError("'': expected a path")
+    return os.path.expanduser(text)
+
+
+METAVARS = {path: "PATH", int: "N", float: "X", integers: "N,N", image_size: "N or HxW"}
+KINDS = {
+    int: "a whole number",
+    float: "a number",
+    integers: "whole numbers, such as 4,8",
+    image_size: "a size, such as 64 or 30x45",
+}
 
 
 def make_parser(description, **options):
@@ -41,6 +60,8 @@ def add_flag(parser, name, alias=None, alias_type=None, **options):
     """Add --name_of_flag; --name-of-flag and the name of before version 0.2 do the same, hidden."""
     if "choices" not in options and "action" not in options:
         options.setdefault("metavar", METAVARS.get(options.get("type"), "TEXT"))
+    if options.get("type") in KINDS:
+        options["type"] = number_reader(options["type"])
     parser.add_argument(f"--{name}", **options)
     hidden = options | {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
     hidden.pop("required", None)
@@ -80,6 +101,8 @@ def argparse_options(field):
     kind = metadata["kind"]
     choices = metadata["choices"] and list(metadata["choices"])
     options = {"help": metadata["help"].replace("%", "%%")}
+    if metadata["help"] == argparse.SUPPRESS:
+        options["help"] = argparse.SUPPRESS  # argparse looks for this very object
     if kind is bool:
         return options | {"action": "store_true"}
     if field.default not in (None, dataclasses.MISSING):
@@ -89,6 +112,21 @@ def argparse_options(field):
         options["nargs"] = count
     metavar = None if choices else METAVARS.get(kind, "TEXT")
     return options | {"type": kind, "choices": choices, "metavar": metavar}
+
+
+def number_reader(kind):
+    """Return a function that reads the text of a flag as one of KINDS, in numbers of 64 bits."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if all(abs(number) < 2**63 for number in (value if isinstance(value, list) else [value])):
+            return value
+        raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected {KINDS[kind]}, below 2^63")
+
+    return read
 
 
 def old_value_reader(old_values):
@@ -111,13 +149,17 @@ def add_edit_flags(parser):
     group = parser.add_argument_group("editing, one of")
     edits = group.add_mutually_exclusive_group()
     for name, edit in EDITS.items():
-        optional = {"nargs": "?", "const": ""} if edit.optional else {}
+        kind = {"nargs": "?", "const": "", "metavar": "PATH"} if edit.optional else {"type": path}
         alias = "noise" if name == "latents" else None
-        add_flag(edits, name, alias, metavar="PATH", help=edit.help, **optional)
+        add_flag(edits, name, alias, help=edit.help, **kind)
     add_flag(edits, "mc_dropout", type=int, metavar="K", help="mean and std of K dropout passes")
     group = parser.add_argument_group("editing options")
-    add_flag(group, "strength", type=float, help="SDEdit strength in (0, 1]; 1 ignores the input")
-    add_flag(group, "mask", help="of inpaint: an image or array; what is light is filled in")
+    default = EditInputs.strength
+    help = f"SDEdit strength in (0, 1]; 1 ignores the input (default: {default})"
+    add_flag(group, "strength", type=float, help=help)
+    add_flag(
+        group, "mask", type=path, help="of inpaint: an image or array; what is light is filled in"
+    )
     add_flag(group, "jump_length", "jump", type=int, help="RePaint: steps undone (default: 10)")
     add_flag(group, "jump_n_sample", "resample", type=int, help="RePaint: passes (default: 5)")
 
@@ -132,11 +174,14 @@ def edit_options(args):
     return options | {"name": None, "path": None}
 
 
-def parse_labels(text, model, classes):
+def parse_labels(text, model, classes, of_edit=False):
     """Return the class numbers that `text`, such as "3" or "cat,dog", means; None for None.
 
-    Raises ValueError for an unknown class, or a model that is not class-conditional."""
+    of_edit: they are of the user's items, which have no label unless it is given. Raises
+    ValueError for an unknown class, or a model that does not fit."""
     if text is None:
+        if of_edit and model.num_classes and not model.has_null_label:
+            raise ValueError("label=None: this model was never trained without a label; give it")
         return None
     if not model.num_classes:
         raise ValueError(f"label={text}: needs a model trained with class_cond; this one was not")
@@ -164,68 +209,67 @@ def reject_if(*reasons):
             raise ValueError(message)
 
 
-class GracefulStop:
-    """Ctrl-C or SIGTERM asks the loop to stop after this step; a second one stops at once."""
+PLUGINS = []  # paths of those that were run
 
-    signal = None  # the number of the signal that came
 
-    def __init__(self, tell):
-        self.tell = tell  # a function of one line of text
-
-    def __enter__(self):
-        self.handlers = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.handlers[number] = signal.signal(number, self)
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-
-    def __call__(self, number, frame):
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-        self.tell("stopping after this step; again to stop at once")
+def command_line(script, flag, value):
+    """Return the line that starts a script, by its name alone where it lies in this folder."""
+    script = Path(script).resolve()
+    name = script.name if script.parent == Path.cwd() else str(script)
+    return shlex.join(["python", name, f"--{flag}", str(value)])
 
 
 def load_plugins(arguments=None):
     """Run the files given by --plugin, so that what they register can be chosen by a flag."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plugin", action="append", nargs="?", default=[])
-    for path in parser.parse_known_args(arguments)[0].plugin:
+    PLUGINS[:] = parser.parse_known_args(arguments)[0].plugin
+    for path in PLUGINS:
         if path is None:
             continue  # the script's own parser will say that a value is missing
         if not os.path.isfile(path):
-            raise ValueError(f"plugin={path}: there is no such file")
+            raise OSError(f"plugin={path}: there is no such file")
         try:
             runpy.run_path(path)
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}"
-            frames = traceback.extract_tb(error.__traceback__)
-            lines = [frame.lineno for frame in frames if frame.filename == path]
-            if lines:  # a syntax error names its line itself
-                reason += f" (line {lines[-1]})"
-            raise ValueError(f"plugin={path}: {reason}") from None
+            raise OSError(plugin_fault(error) or f"plugin={path}: {error}") from None
+
+
+def plugin_fault(error):
+    """Return a line that says where in a plugin an error arose, or None: it was in none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename in PLUGINS:
+            kind = type(error).__name__
+            return f"plugin={frame.filename}: {kind}: {error} (line {frame.lineno})"
+    return None
 
 
 def exit_status(error):
     """Return (exit code, one line) of what ended a script; what nobody foresaw is raised again.
 
-    A ValueError says that what was asked for cannot be done, an OSError or FloatingPointError that
-    it was tried and failed."""
+    2: a ValueError, what was asked for cannot be done. 1: it was tried and failed, an OSError, such
+    as a path where nothing is, a FloatingPointError, a fault of a plugin, too little memory. 128 +
+    the signal's number, if one stopped it."""
+    line = f"error: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return 130, "stopped at once; what was written before stands"
-    if isinstance(error, ValueError):
-        return 2, f"error: {error}"
-    if isinstance(error, (OSError, FloatingPointError)):
-        return 1, f"error: {error}"
-    if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
-        reason = " ".join(str(error).split())[:200]
-        return 1, f"error: compile does not work here ({reason}); leave it out"
-    if isinstance(error, RuntimeError) and "memory" in str(error):
-        return 1, f"error: {str(error).splitlines()[0]}; try a smaller batch_size"
-    raise error
+        code = 128 + getattr(error, "number", signal.SIGINT)
+        line = "stopped at once; files that were finished before stand"
+    elif isinstance(error, ValueError):
+        fault = plugin_fault(error)
+        code, line = (1, f"error: {fault}") if fault else (2, line)
+    elif isinstance(error, (OSError, FloatingPointError)):
+        code = 1
+    elif type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+        reason = str(error)[:200]
+        code, line = 1, f"error: compile does not work here ({reason}); leave it out"
+    elif isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "memory" in str(error)
+    ):
+        reason = str(error).splitlines()[:1] or ["too little memory"]
+        code, line = 1, f"error: {reason[0]}; try a smaller batch_size"
+    else:
+        raise error
+    return code, " ".join(line.split())
 
 
 def command(
@@ -233,12 +277,13 @@ def command(
     parse,  # (arguments or None) -> parsed flags
     arguments=None,  # default: sys.argv
 ):
-    """Run a script -> its exit code: 2 for a wrong flag, 1 for a failed run."""
-    try:
-        load_plugins(arguments)
-        return main(parse(arguments))
-    except (Exception, KeyboardInterrupt) as error:
-        code, line = exit_status(error)
-        script = os.path.basename(sys.modules[main.__module__].__file__)
-        print(f"{script}: {line}", file=sys.stderr)
-        return code
+    """Run a script -> its exit code, as exit_status says; no print fails, and signals tidy up."""
+    with safe_process():
+        try:
+            load_plugins(arguments)
+            return main(parse(arguments))
+        except (Exception, KeyboardInterrupt) as error:
+            code, line = exit_status(error)
+            script = os.path.basename(sys.modules[main.__module__].__file__)
+            print(f"{script}: {line}", file=sys.stderr)
+            return code

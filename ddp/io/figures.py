@@ -1,18 +1,55 @@
 """Plots: image grids, scatters, curves, GIFs. Grids are PIL images, charts matplotlib Figures."""
 
 import math
+import re
+import warnings
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL.PngImagePlugin import PngInfo
+
+import ddp
 
 MIN_CELL = 48  # pixels: smaller images are enlarged to about this, so that 8x8 digits can be read
 GAP = 2  # pixels between the cells of a grid
 GAP_COLOR = (96, 96, 128)  # neither black nor white, nor any gray
 MARGIN = 24  # pixels around the images that stand side by side
+TITLE_SIZE = 16  # pixels, of a letter
+MAX_LABEL = 32  # characters of a name in a chart
 LOG_SNR_LABEL = "log-SNR (noise on the left, data on the right)"
+
+
+def save_png(image, path):
+    """Write a PIL image that this project drew as a PNG which says so: it is never data."""
+    software = PngInfo()
+    software.add_text("Software", f"ddp {ddp.__version__}")
+    image.save(path, "PNG", pnginfo=software)
+
+
+def plain(name):
+    """Return a name that anybody chose, such as a class's, as text for a chart.
+
+    Matplotlib would take what is between two $ for a formula, and give up where it is none."""
+    name = re.sub(r"\s+", " ", str(name))
+    name = "".join(letter if letter.isprintable() else "?" for letter in name)
+    name = name if len(name) <= MAX_LABEL else name[:MAX_LABEL] + "..."
+    return name.replace("$", r"\$")
+
+
+def pitch(height, width):
+    """Return (k, y, x) of a grid's cells: k pixels for one of the image, in each direction; y and
+    x pixels from one cell to the next."""
+    k = max(1, round(MIN_CELL / max(height, width)))
+    return k, height * k + GAP, width * k + GAP
+
+
+def num_fitting(event, pixels):
+    """Return how many images of shape (C, H, W) a grid of so many pixels shows, at least 1."""
+    _, pitch_y, pitch_x = pitch(*event[1:])
+    return max(1, pixels // (pitch_y * pitch_x))
 
 
 def grid(images, columns=None):
@@ -21,12 +58,11 @@ def grid(images, columns=None):
     count, channels, height, width = images.shape
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
-    k = max(1, round(MIN_CELL / max(height, width)))  # pixels for one pixel, in each direction
-    pitch_y = height * k + GAP  # from one cell's top to the next
-    pitch_x = width * k + GAP
+    k, pitch_y, pitch_x = pitch(height, width)
     canvas = Image.new("RGB", (columns * pitch_x + GAP, rows * pitch_y + GAP), GAP_COLOR)
-    for i, image in enumerate(images.repeat(3 // channels, axis=1)):  # gray becomes RGB
-        cell = Image.fromarray(image.transpose(1, 2, 0))  # from (3, H, W)
+    for i, image in enumerate(images):
+        image = image.repeat(3 // channels, axis=0)  # (3, H, W): gray becomes RGB
+        cell = Image.fromarray(image.transpose(1, 2, 0))
         cell = ImageOps.scale(cell, k, Image.Resampling.NEAREST)
         canvas.paste(cell, (GAP + i % columns * pitch_x, GAP + i // columns * pitch_y))
     return canvas
@@ -34,28 +70,30 @@ def grid(images, columns=None):
 
 def side_by_side(images, titles):
     """Return PIL images in a row on white, as they are, each under its title."""
-    width = sum(image.width + MARGIN for image in images) + MARGIN
+    font = ImageFont.load_default(TITLE_SIZE)
+    texts = [math.ceil(font.getlength(title)) for title in titles]
+    widths = [max(image.width, text) for image, text in zip(images, texts, strict=True)]
     height = max(image.height for image in images) + 2 * MARGIN
-    canvas = Image.new("RGB", (width, height), "white")
+    canvas = Image.new("RGB", (sum(widths) + MARGIN * (len(widths) + 1), height), "white")
     left = MARGIN
-    for image, title in zip(images, titles, strict=True):
+    for image, title, width in zip(images, titles, widths, strict=True):
         canvas.paste(image, (left, MARGIN + MARGIN // 2))
-        ImageDraw.Draw(canvas).text((left, 8), title, fill="black", font_size=16)
-        left += image.width + MARGIN
+        ImageDraw.Draw(canvas).text((left, 8), title, fill="black", font=font)
+        left += width + MARGIN
     return canvas
 
 
 def scatter(points, reference=None, titles=("samples", "data")):
     """Return a Figure of points (N, 2) and, right of them on the same axes, of a reference."""
     clouds = [points] if reference is None else [points, reference]
-    figure = Figure(figsize=(5 * len(clouds), 5), layout="constrained")
+    figure = Figure(figsize=(5 * len(clouds), 5), layout="compressed")  # for a fixed aspect
     panels = figure.subplots(1, len(clouds), squeeze=False)[0]
     limit = np.abs(np.asarray(clouds[-1])).max() * 1.15 or 1.0  # strays of a model lie beyond
     ends = (-limit, limit)
     for axes, title, cloud in zip(panels, titles, clouds, strict=False):  # the title may be spare
         size = min(8.0, 4000 / max(1, len(cloud)) + 0.8)  # smaller where there are many
         axes.scatter(*np.asarray(cloud).T, s=size, linewidths=0, alpha=0.6)
-        axes.set(xlim=ends, ylim=ends, aspect="equal", title=f"{title} ({len(cloud):,})")
+        axes.set(xlim=ends, ylim=ends, aspect="equal", title=f"{plain(title)} ({len(cloud):,})")
     return figure
 
 
@@ -73,7 +111,7 @@ def neighbors(items, nearest):
     pairs = np.stack([np.asarray(items), np.asarray(nearest)], axis=1)  # (N, 2, *event)
     if items.ndim == 4:
         return grid(pairs.reshape(-1, *items.shape[1:]), columns=8)
-    figure = Figure(figsize=(5, 5), layout="constrained")
+    figure = Figure(figsize=(5, 5), layout="compressed")
     axes = figure.subplots()
     axes.plot(*pairs.T, "o-", markersize=3)  # x and y, (2, N) each: N lines
     axes.set(aspect="equal")
@@ -86,7 +124,9 @@ def to_pil(figure):
         return figure
     figure.set_dpi(80)  # 560 pixels for the 7 inches of a chart
     canvas = FigureCanvasAgg(figure)  # draws in memory, without pyplot and its global state
-    canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a letter that the font lacks becomes a box
+        canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
@@ -100,7 +140,9 @@ def chart(height, **settings):
 
 
 def loss_curve(rows):
-    """Return a Figure of the training loss, raw and smoothed, and the test loss; rows: log.csv."""
+    """Return a Figure of the training loss, raw and smoothed, and that of held-out items.
+
+    rows: of log.csv; before version 0.3 the latter was of test items."""
     steps, loss = np.array([(row["step"], row["loss"]) for row in rows], float).T  # (N,) each
     window = max(1, len(loss) // 50)
     total = np.cumsum(np.pad(loss, (window, 0), mode="edge"))
@@ -108,10 +150,11 @@ def loss_curve(rows):
     figure, axes = chart(4.5, xlabel="step", ylabel="loss", yscale="log")
     axes.plot(steps, loss, color="tab:blue", alpha=0.2, linewidth=0.7)
     axes.plot(steps, smooth, color="tab:blue", label=f"train (mean of {window})")
-    tested = [(row["step"], row["test_loss"]) for row in rows if row["test_loss"]]  # at each save
-    if tested:
-        x, y = np.array(tested, float).T
-        axes.plot(x, y, "o-", color="tab:orange", markersize=4, label="test (EMA)")
+    held_out = [(row["step"], row.get("val_loss") or row.get("test_loss")) for row in rows]
+    held_out = [pair for pair in held_out if pair[1]]  # at each save
+    if held_out:
+        x, y = np.array(held_out, float).T
+        axes.plot(x, y, "o-", color="tab:orange", markersize=4, label="held out (EMA)")
     axes.legend()
     return figure
 
@@ -149,7 +192,9 @@ def metric_ratios(spaces):
         axes.plot(np.maximum(rows[name].interval, least), [y, y], color="tab:blue")
         axes.plot(max(value, 1e-3), y, "o", color="tab:blue")
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(rows)), names)  # y is the row, from the bottom
+    axes.set_yticks(
+        range(len(rows)), [plain(name) for name in names]
+    )  # y is the row, from the bottom
     axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -166,8 +211,9 @@ def histogram(counts, names):
     width = 0.8 / len(counts)  # of a bar; 1 is from one class to the next
     x = np.arange(len(names))
     for i, (label, heights) in enumerate(counts.items()):
-        axes.bar(x + i * width, heights, width, label=label)
-    axes.set_xticks(x + width / 2, names, rotation=45 if len(names) > 5 else 0)
+        axes.bar(x + i * width, heights, width, label=plain(label))
+    rotation = 45 if len(names) > 5 else 0
+    axes.set_xticks(x + width / 2, [plain(name) for name in names], rotation=rotation)
     axes.legend()
     return figure
 
@@ -192,8 +238,8 @@ def schedule_curve(t, log_snr, rows):
     return figure
 
 
-def save_animation(frames, path):
-    """Write PIL images as a looping GIF that rests on the last."""
-    duration = [60] * (len(frames) - 1) + [2000]  # milliseconds
+def save_animation(frames, path, milliseconds=60):
+    """Write PIL images as a looping GIF, so long each; it rests on the last."""
+    duration = [milliseconds] * (len(frames) - 1) + [2000]
     first, *rest = [frame.quantize(64, dither=Image.Dither.NONE) for frame in frames]
     first.save(path, "GIF", save_all=True, append_images=rest, duration=duration, loop=0)

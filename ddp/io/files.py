@@ -1,14 +1,24 @@
-"""Files that appear whole or not at all, and paths that are still free."""
+"""Files and folders that appear whole or not at all, and paths that are still free."""
 
 import contextlib
 import os
+import secrets
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+
+RUN_MODELS = ("model.pth", "last.pth")  # which of its checkpoints a run's folder means
+
+
+def hidden_path(path, suffix=""):
+    """Return a hidden path beside `path` that nobody can foresee, nor plant a link at."""
+    stem = path.name.removesuffix(suffix)[:40]  # a name has 255 bytes, and letters up to 4
+    return path.with_name(f".{stem}.{secrets.token_hex(8)}.partial{suffix}")
 
 
 def atomic_write(
     path,  # of a file, which is replaced if it is there
-    write,  # function(path), which writes a file there
+    write,  # function(path), which writes to the empty file there
 ):
     """Write a file aside, flush it to the disk, then rename it to `path`, which is returned.
 
@@ -16,7 +26,8 @@ def atomic_write(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the suffix stays last, because writers choose a format by it
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    temporary = hidden_path(path, path.suffix)
+    temporary.touch(exist_ok=False)
     try:
         write(temporary)
         with open(temporary, "rb+") as f:
@@ -27,34 +38,60 @@ def atomic_write(
 
 
 @contextlib.contextmanager
-def atomic_dir(path):
-    """A hidden folder to write into; it becomes `path` when all is well, else it is removed.
+def atomic_dir(path, of_file=False):
+    """Yield an object with a hidden `folder` to write into. When all is well that becomes `path`,
+    or the next free name if something came there meanwhile; else it is removed.
 
-    Raises OSError when it cannot be made."""
+    of_file: `path` is of a file, the only one in the folder, which alone is kept. Afterwards the
+    object's `path` is where the result is. Raises OSError when it cannot be made."""
     path = Path(path).absolute()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    out = SimpleNamespace(path=path, folder=hidden_path(path))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        out.folder.mkdir()
     except OSError as error:
         raise OSError(f"out={path} cannot be written ({error.strerror}); choose another") from None
     try:
-        yield temporary
-        if path.exists():
-            path.rmdir()  # works only when it is empty: nothing is overwritten
-        temporary.replace(path)
+        yield out
+        result = next(out.folder.iterdir()) if of_file else out.folder
+        out.path = move_to_free(result, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(out.folder, ignore_errors=True)
+
+
+def move_to_free(temporary, path):
+    """Rename a finished file or folder to `path` or, when that is taken, to the next free name.
+
+    Returns the name. Nothing is overwritten, whoever else writes there at the same time; the place
+    of an empty folder is taken by a folder."""
+    is_dir = temporary.is_dir()
+    suffix = "" if is_dir else path.suffix
+    base = path.with_name(path.name.removesuffix(suffix))
+    for candidate in numbered(base, suffix):
+        try:
+            if is_dir:
+                temporary.rename(candidate)  # fails where there is a file, or a folder with any
+            else:
+                candidate.touch(exist_ok=False)  # takes the name, which a rename would not ask
+            break
+        except OSError:
+            if not os.path.lexists(candidate):
+                raise
+    if not is_dir:
+        temporary.replace(candidate)
+    return candidate
+
+
+def numbered(path, suffix=""):
+    """Yield path + suffix, path-2 + suffix, path-3 + suffix, ..."""
+    yield path.with_name(path.name + suffix)
+    for number in range(2, 10**9):
+        yield path.with_name(f"{path.name}-{number}{suffix}")
 
 
 def next_free_path(path, suffix=""):
     """`path` + suffix or, when that exists, the first of path-2, path-3, ... that does not."""
-    candidate = path.with_name(path.name + suffix)
-    number = 1
-    while candidate.exists():
-        number += 1
-        candidate = path.with_name(f"{path.name}-{number}{suffix}")
-    return candidate
+    return next(name for name in numbered(path, suffix) if not os.path.lexists(name))
 
 
 def require_absent(path):
@@ -62,3 +99,10 @@ def require_absent(path):
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"out={path} exists and is not overwritten; choose another, or remove it")
     return path
+
+
+def find_checkpoint(path):
+    """Return the path of the checkpoint that `path` means: itself or, of a run's folder, one of
+    RUN_MODELS."""
+    inside = [Path(path, name) for name in RUN_MODELS]
+    return next((file for file in inside if file.is_file()), Path(path))

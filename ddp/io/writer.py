@@ -1,6 +1,8 @@
 """Stream samples to PNG, NPZ and GIF files in bounded memory."""
 
 import contextlib
+import re
+import shutil
 import tempfile
 import zipfile
 from pathlib import Path
@@ -8,17 +10,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ddp.data.folder import SUFFIXES
-from ddp.io.figures import grid_or_scatter, save_animation
+from ddp.io.figures import grid_or_scatter, num_fitting, save_animation, save_png
 from ddp.io.files import atomic_dir, next_free_path, require_absent
 
 FORMATS = ("png", "grid", "npz", "gif")  # an image each; one image of all; arrays; an animation
 FILE_FORMATS = {".png": "grid", ".npz": "npz", ".gif": "gif"}  # suffix of a file -> its format
-GRID_IMAGES = 100  # in a grid
+GRID_IMAGES = 1024  # in a grid, and no more than fit into
+GRID_PIXELS = 1 << 25
 SCATTER_POINTS = 5000  # in a scatter
-ANIMATED_IMAGES = 25  # in an animation
+ANIMATED_IMAGES = 25  # in an animation, and no more than fit into
+ANIMATED_PIXELS = 1 << 20
 ANIMATED_POINTS = 1000  # the same of points
 MAX_FRAMES = 50  # of an animation
+WAY_MILLISECONDS = 200  # that a step of an interpolation is shown
 
 
 def parse_output(
@@ -26,7 +30,11 @@ def parse_output(
     format,  # some of FORMATS, separated by commas, or None: what suits `out`
     checkpoint,  # path of the model that samples
 ):
-    """Return (path, formats) to write to. Raises ValueError when they disagree or `out` exists."""
+    """Return (path, formats) to write to. Raises ValueError when they disagree or `out` exists.
+
+    A folder whose name looks like a file's, such as a.tiff, ends in a slash."""
+    if out == "":
+        raise ValueError("out='': expected a path")
     suffix = Path(out or "").suffix.lower()
     formats = format.split(",") if format else [FILE_FORMATS.get(suffix, "grid")]
     if suffix == ".png" and formats == ["png"]:
@@ -37,26 +45,15 @@ def parse_output(
     if out is None:
         checkpoint = Path(checkpoint)
         return next_free_path(checkpoint.with_name(f"{checkpoint.stem}-samples")), formats
-    if suffix in SUFFIXES and suffix not in FILE_FORMATS:  # .jpg, say
-        raise ValueError(f"out={out}: expected a folder, or a file {', '.join(FILE_FORMATS)}")
+    is_folder = str(out).endswith(("/", "\\")) or Path(out).is_dir()
+    if not is_folder and suffix not in FILE_FORMATS and re.fullmatch(r"\.[a-z]{1,4}\d?", suffix):
+        raise ValueError(
+            f"out={out}: expected a file {', '.join(FILE_FORMATS)}, or a folder; if {suffix} is "
+            f"meant to be of a folder, write {out}/"
+        )
     if suffix in FILE_FORMATS and formats != [FILE_FORMATS[suffix]]:
         raise ValueError(f"out={out} is one file, but format={format}; give a folder")
     return require_absent(Path(out)), formats
-
-
-@contextlib.contextmanager
-def atomic_output(path):
-    """Make a hidden folder that becomes `path`, or whose only file does if that names a file."""
-    if path.suffix.lower() not in FILE_FORMATS:
-        with atomic_dir(path) as folder:
-            yield folder
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    hidden = {"prefix": f".{path.name}.", "suffix": ".partial", "dir": path.parent}
-    with tempfile.TemporaryDirectory(**hidden) as folder:
-        yield Path(folder)
-        (only,) = Path(folder).iterdir()
-        only.replace(path)
 
 
 class SampleWriter(contextlib.ExitStack):
@@ -74,22 +71,57 @@ class SampleWriter(contextlib.ExitStack):
         self.options = options
         self.is_image = len(event) == 3  # (C, H, W), else (D,)
         self.count = 0  # samples written so far
-        self.shown = []  # the first samples, for the grid
+        self.shown = []  # the first samples, num_shown of them
         self.references = [] if reference is None else [reference]  # to show right of them
-        self.arrays = {}  # name -> parts, for the .npz
+        self.arrays = {}  # name -> (file, dtype, shape of one), what else goes into the .npz
+
+    @property
+    def num_shown(self):
+        """How many samples a grid or scatter shows, the first."""
+        if not self.is_image:
+            return min(self.total, SCATTER_POINTS)
+        return min(self.total, GRID_IMAGES, num_fitting(self.event, GRID_PIXELS))
 
     @property
     def num_animated(self):
-        """How many samples an animation shows."""
-        return min(self.total, ANIMATED_IMAGES if self.is_image else ANIMATED_POINTS)
+        """How many samples an animation shows, the first; of an interpolation how many ways."""
+        if not self.is_image:
+            return min(self.total, ANIMATED_POINTS)
+        return min(self.total, ANIMATED_IMAGES, num_fitting(self.event, ANIMATED_PIXELS))
+
+    @property
+    def needs_states(self):
+        """Whether `animate` is to be called; an animated interpolation is of the samples alone."""
+        return "gif" in self.formats and "columns" not in self.options
+
+    @property
+    def bounds(self):
+        """Lines that say how many samples are shown, where that is not all."""
+        shown = {"grid": self.num_shown, "gif": self.num_animated if self.needs_states else None}
+        return [
+            f"{self.total:,} samples, of which the {name} shows the first {count:,}"
+            for name, count in shown.items()
+            if name in self.formats and count and count < self.total
+        ]
 
     @property
     def written(self):
         """The files, after all went well."""
-        return [self.path] if self.path.is_file() else sorted(self.path.iterdir())
+        path = self.out.path
+        return [path] if path.is_file() else sorted(path.iterdir())
+
+    @property
+    def summary(self):
+        """Lines that name what was written: the first files, and how many more."""
+        files = self.written
+        lines = ["wrote", *(f"  {path}" for path in files[:5])]
+        more = [f"  and {len(files) - 5:,} more in {self.out.path}"]
+        return lines + more if len(files) > 5 else lines
 
     def __enter__(self):
-        self.folder = self.enter_context(atomic_output(self.path))
+        of_file = self.path.suffix.lower() in FILE_FORMATS
+        self.out = self.enter_context(atomic_dir(self.path, of_file))
+        self.folder = self.out.folder
         if "npz" in self.formats:
             self.open_archive()
         self.push(self.finish)  # contexts are left, and this is called, in reverse order
@@ -103,10 +135,10 @@ class SampleWriter(contextlib.ExitStack):
         if self.is_image:
             channels, height, width = self.event
             name, dtype, shape = "images", "|u1", (height, width, channels)
+        self.aside = self.enter_context(contextlib.ExitStack())  # files without a name
         self.archive = self.enter_context(zipfile.ZipFile(self.folder / "samples.npz", "w"))
         self.array = self.enter_context(self.archive.open(f"{name}.npy", "w", force_zip64=True))
-        header = {"descr": dtype, "fortran_order": False, "shape": (self.total, *shape)}
-        np.lib.format.write_array_header_1_0(self.array, header)
+        write_header(self.array, dtype, (self.total, *shape))
 
     def add(self, items, reference=None, **arrays):
         """Write the next samples, on the CPU: uint8 (B, C, H, W) or float32 (B, D).
@@ -114,7 +146,7 @@ class SampleWriter(contextlib.ExitStack):
         reference: items to show right of them. arrays: (B, ...) tensors for the .npz, such as
         labels; None is left out."""
         items = items.numpy()
-        wanted = (GRID_IMAGES if self.is_image else SCATTER_POINTS) - self.count
+        wanted = self.num_shown - self.count
         if wanted > 0:
             self.shown.append(items[:wanted])
             if reference is not None:
@@ -125,20 +157,33 @@ class SampleWriter(contextlib.ExitStack):
             self.array.write(items.tobytes())
             for name, array in arrays.items():
                 if array is not None:
-                    self.arrays.setdefault(name, []).append(array.cpu().numpy())
+                    self.put_aside(name, array.cpu().numpy())
         if "png" in self.formats and self.is_image:
             for i, item in enumerate(items, self.count):
                 image = Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
                 image.save(self.folder / f"{i:06d}.png")
         self.count += len(items)
 
+    def put_aside(self, name, array):
+        """Append the next entries of an array, whose turn comes when the samples are written."""
+        if name not in self.arrays:
+            file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115
+            self.aside.enter_context(file)
+            self.arrays[name] = (file, array.dtype, array.shape[1:])
+        self.arrays[name][0].write(array.tobytes())
+
     def animate(self, states):
         """Write an animation of states, each like the items of `add`, in at most MAX_FRAMES."""
-        states = list(states)
-        keep = np.linspace(0, len(states) - 1, MAX_FRAMES).round().astype(int)
-        columns = self.options.get("columns")
-        frames = [grid_or_scatter(states[i], columns=columns) for i in np.unique(keep)]
+        states = thin_out(states, MAX_FRAMES)
+        frames = [grid_or_scatter(state) for state in states]
         save_animation(frames, self.folder / "process.gif")
+
+    def animate_ways(self, items, columns):
+        """Write an animation that goes from one end of each row of the grid to the other."""
+        rows = len(items) // columns or 1
+        frames = [items[k::columns][: min(rows, self.num_animated)] for k in range(columns)]
+        frames = [grid_or_scatter(frame) for frame in frames if len(frame)]
+        save_animation(frames, self.folder / "process.gif", WAY_MILLISECONDS)
 
     def finish(self, error, *_):
         """Write the grid, and the arrays that came with the samples, unless there was an error."""
@@ -147,9 +192,35 @@ class SampleWriter(contextlib.ExitStack):
         if "grid" in self.formats or ("png" in self.formats and not self.is_image):
             reference = np.concatenate(self.references) if self.references else None
             image = grid_or_scatter(np.concatenate(self.shown), reference, **self.options)
-            image.save(self.folder / "grid.png")  # of points a scatter
+            save_png(image, self.folder / "grid.png")  # of points a scatter
+        if "gif" in self.formats and not self.needs_states:
+            self.animate_ways(np.concatenate(self.shown), self.options["columns"])
         if "npz" in self.formats:
             self.array.close()  # the archive takes one array at a time
-            for name, parts in self.arrays.items():
+            for name, (file, dtype, shape) in self.arrays.items():
                 with self.archive.open(f"{name}.npy", "w", force_zip64=True) as f:
-                    np.lib.format.write_array(f, np.concatenate(parts))
+                    write_header(f, np.lib.format.dtype_to_descr(dtype), (self.count, *shape))
+                    file.seek(0)
+                    shutil.copyfileobj(file, f)
+
+
+def write_header(file, dtype, shape):
+    """Write what stands at the head of an .npy file, before the bytes of an array."""
+    header = {"descr": dtype, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def thin_out(states, count):
+    """Return at most `count` of the states, evenly, with the last; twice as many are ever held."""
+    kept = []
+    every = 1
+    for i, state in enumerate(states):
+        if i % every == 0:
+            kept.append(state)
+        if len(kept) == 2 * count:
+            kept = kept[::2]
+            every *= 2
+    if i % every:
+        kept.append(state)
+    chosen = np.linspace(0, len(kept) - 1, count).round().astype(int)
+    return [kept[k] for k in np.unique(chosen)]

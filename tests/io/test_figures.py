@@ -1,5 +1,6 @@
 """Figures: every pixel and every line is where it belongs."""
 
+import io
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,6 +49,85 @@ def test_scatter_puts_both_clouds_on_the_same_axes():
     assert figures.to_pil(figure).width > figures.to_pil(figure).height
 
 
+@pytest.mark.parametrize("reference", [None, torch.randn(70, 2)])
+def test_titles_of_a_scatter_are_within_the_image(reference):
+    figure = figures.scatter(torch.randn(50, 2), reference)
+    image = np.asarray(figures.to_pil(figure))
+    assert (image[0] == 255).all()
+    for axes in figure.axes:
+        assert axes.title.get_window_extent().y1 < figure.bbox.height
+
+
+def test_titles_of_narrow_grids_do_not_overlap():
+    image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    both = np.asarray(figures.grid_or_scatter(image, image, ("reconstructed", "given")))
+    heading = (both[: figures.MARGIN] < 255).any(axis=(0, 2))  # (W,) where a title's letters are
+    gaps = np.diff(np.flatnonzero(heading))
+    assert gaps.max() > 10  # between the titles
+
+
+# ---- names that anybody chose ----
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("cat", "cat"),
+        ("$x$", r"\$x\$"),
+        ("$\\frac{", r"\$\frac{"),
+        ("a\n b\t", "a b "),
+        ("\x1b[2J", "?[2J"),
+        ("x" * 100, "x" * 32 + "..."),
+        (7, "7"),
+    ],
+)
+def test_plain(name, expected):
+    assert figures.plain(name) == expected
+
+
+NAMES = ["$\\frac{", "$x$ and $", "\x1b[2J\x00", "a" * 10_000, "中文", "$" * 99, "\\$a$"]
+
+
+def test_charts_show_any_name():
+    counts = {name: np.arange(len(NAMES)) for name in NAMES}
+    figure = figures.histogram(counts, NAMES)
+    assert figures.to_pil(figure).width == 560
+    assert figure.axes[0].get_xticklabels()[0].get_text() == r"\$\frac{"
+    ratio = SimpleNamespace(value=1.0, interval=(0.5, 2.0))
+    figure = figures.metric_ratios({name: {name: ratio} for name in NAMES})
+    assert len(figure.axes[0].get_yticklabels()) == len(NAMES)
+    assert figures.to_pil(figure).width == 560
+    assert figures.to_pil(figures.scatter(torch.randn(5, 2), titles=("$x$ $",))).width == 400
+
+
+def test_names_that_begin_alike_have_a_line_each():
+    ratio = SimpleNamespace(value=1.0, interval=(0.5, 2.0))
+    metrics = {"x" * 100 + end: ratio for end in "ab"}
+    assert len(figures.metric_ratios({"space": metrics}).axes[0].get_yticklabels()) == 2
+
+
+# ---- files ----
+
+
+def test_a_figure_says_who_drew_it(tmp_path):
+    """So that it is never taken for data."""
+    image = figures.grid(torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8))
+    for file in (tmp_path / "grid.png", io.BytesIO()):
+        figures.save_png(image, file)
+        with Image.open(file) as read:
+            assert read.text["Software"].startswith("ddp ")
+            assert (np.asarray(read) == np.asarray(image)).all()
+
+
+@pytest.mark.parametrize("event", [(1, 8, 8), (3, 64, 64), (3, 300, 200), (1, 4000, 1)])
+def test_num_fitting_is_what_a_grid_shows_in_so_many_pixels(event):
+    count = figures.num_fitting(event, 10**6)
+    canvas = figures.grid(torch.zeros(count, *event, dtype=torch.uint8), columns=count)
+    gap = figures.GAP
+    assert (canvas.width - gap) * (canvas.height - gap) <= 10**6
+    assert figures.num_fitting((3, 10**4, 10**4), 10**6) == 1
+
+
 def test_to_pil_passes_images_through():
     image = Image.new("RGB", (3, 4))
     assert figures.to_pil(image) is image
@@ -77,23 +157,26 @@ def test_neighbors_are_pairs():
     assert figures.neighbors(torch.randn(3, 2), torch.randn(3, 2)).width > 100
 
 
-def test_loss_curve_has_train_and_test():
+@pytest.mark.parametrize("name", ["val_loss", "test_loss"])  # the latter before version 0.3
+def test_loss_curve_has_train_and_held_out(name):
     rows = [
-        {"step": str(i), "loss": "0.5", "test_loss": "0.4" if i % 5 == 0 else ""}
-        for i in range(1, 21)
+        {"step": str(i), "loss": "0.5", name: "0.4" if i % 5 == 0 else ""} for i in range(1, 21)
     ]
     (axes,) = figures.loss_curve(rows).axes
-    raw, smooth, test = axes.get_lines()
+    raw, smooth, held_out = axes.get_lines()
     assert len(raw.get_xdata()) == len(smooth.get_xdata()) == 20
     np.testing.assert_allclose(smooth.get_ydata(), 0.5)
-    assert test.get_xdata().tolist() == [5, 10, 15, 20]
+    assert held_out.get_xdata().tolist() == [5, 10, 15, 20]
+
+
+def test_loss_curve_of_a_log_without_a_held_out_loss():
+    (axes,) = figures.loss_curve([{"step": "1", "loss": "0.5"}, {"step": "2", "loss": "1"}]).axes
+    assert len(axes.get_lines()) == 2
 
 
 def test_loss_curve_smooths_by_a_moving_average():
     loss = np.arange(1.0, 201.0)
-    rows = [
-        {"step": str(i), "loss": str(value), "test_loss": ""} for i, value in enumerate(loss, 1)
-    ]
+    rows = [{"step": str(i), "loss": str(value), "val_loss": ""} for i, value in enumerate(loss, 1)]
     (axes,) = figures.loss_curve(rows).axes
     smooth = axes.get_lines()[1].get_ydata()
     np.testing.assert_allclose(smooth[10:], loss[10:] - 1.5)  # a window of 4 lags by 1.5

@@ -1,5 +1,7 @@
 """The writer of samples: every format holds what came, whole or not at all."""
 
+import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +9,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ddp.io.figures import grid
-from ddp.io.writer import FORMATS, MAX_FRAMES, SampleWriter, parse_output
+from ddp.io.figures import grid, grid_or_scatter
+from ddp.io.writer import (
+    FORMATS,
+    MAX_FRAMES,
+    WAY_MILLISECONDS,
+    SampleWriter,
+    parse_output,
+    thin_out,
+)
 
 IMAGES = torch.randint(256, (12, 3, 8, 6), dtype=torch.uint8)
 POINTS = torch.randn(12, 2)
@@ -20,7 +29,7 @@ def write(path, formats, items, reference=None, **options):
         labels = torch.arange(len(items))
         for batch, label in zip(items.split(5), labels.split(5), strict=True):
             writer.add(batch, labels=label, spread=None)
-        if "gif" in formats:
+        if writer.needs_states:
             states = [items * 0, items, items]
             writer.animate(state[: writer.num_animated] for state in states)
     return writer.written
@@ -71,6 +80,122 @@ def test_an_animation_has_a_bounded_number_of_frames(tmp_path):
         writer.animate(torch.full((1, 1, 8, 8), i, dtype=torch.uint8) for i in range(200))
     with Image.open(tmp_path / "s.gif") as animation:
         assert 10 < animation.n_frames <= MAX_FRAMES
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 50, 51, 99, 100, 101, 1000])
+def test_states_are_thinned_out_evenly_to_the_last_and_few_are_held(count):
+    class State:
+        alive = 0
+
+        def __init__(self, number):
+            self.number = number
+            State.alive += 1
+            assert State.alive < 110
+
+        def __del__(self):
+            State.alive -= 1
+
+    numbers = [state.number for state in thin_out((State(i) for i in range(count)), 50)]
+    assert len(numbers) == min(count, 50)
+    assert (numbers[0], numbers[-1]) == (0, count - 1)
+    steps = np.diff(numbers)
+    assert not len(steps) or 1 <= steps.min() <= steps.max() <= 2 * -(-count // 50)
+
+
+@pytest.mark.parametrize("items", [IMAGES, POINTS])
+def test_an_animated_interpolation_goes_along_its_rows(tmp_path, items):
+    """Three rows of four: the first frame is the first column, the last the last."""
+    write(tmp_path / "s", ["gif"], items, columns=4)
+    with Image.open(tmp_path / "s" / "process.gif") as animation:
+        assert animation.n_frames == 4
+        assert animation.info["duration"] == WAY_MILLISECONDS
+        for k in range(4):
+            animation.seek(k)
+            frame = np.asarray(animation.convert("RGB")).astype(float)
+            expected = np.asarray(grid_or_scatter(items[k::4])).astype(float)
+            assert np.abs(frame - expected).mean() < 12  # a .gif has few colors
+
+
+def test_an_interpolation_that_stops_within_its_first_row_is_animated(tmp_path):
+    write(tmp_path / "s.gif", ["gif"], IMAGES[:3], columns=8)
+    with Image.open(tmp_path / "s.gif") as animation:
+        assert animation.n_frames == 3
+
+
+@pytest.mark.parametrize(
+    ("event", "total", "shown", "animated"),
+    [
+        ((1, 28, 28), 150, 150, 25),
+        ((1, 28, 28), 5000, 1024, 25),
+        ((3, 8, 8), 10, 10, 10),
+        ((3, 512, 512), 5000, 127, 3),
+        ((3, 8000, 8000), 5, 1, 1),
+        ((2,), 10_000, 5000, 1000),
+    ],
+)
+def test_what_is_shown_is_bounded_by_memory_alone(tmp_path, event, total, shown, animated):
+    writer = SampleWriter(tmp_path / "s", ["grid"], event, total)
+    assert (writer.num_shown, writer.num_animated) == (shown, animated)
+
+
+def test_a_grid_shows_all_samples(tmp_path):
+    images = torch.zeros(150, 1, 48, 48, dtype=torch.uint8)
+    (path,) = write(tmp_path / "s.png", ["grid"], images)
+    with Image.open(path) as image:
+        assert (image.width // 50) * (image.height // 50) >= 150
+
+
+def test_a_grid_says_who_drew_it_and_a_sample_does_not(tmp_path):
+    """So that a folder of samples, which has a grid beside them, is read as the samples alone."""
+    written = write(tmp_path / "s", ["png", "grid"], IMAGES)
+    for path in written:
+        with Image.open(path) as image:
+            assert ("Software" in image.info) == (path.name == "grid.png")
+
+
+@pytest.mark.parametrize("name", ["s.npz", "s.png", "s"])
+def test_of_two_writers_at_once_both_keep_their_work(tmp_path, name):
+    path, formats = parse_output(tmp_path / name, None, "model.pth")
+    with SampleWriter(path, formats, (3, 8, 6), 12) as slow:
+        written = write(path, formats, IMAGES)
+        slow.add(255 - IMAGES)
+    assert written[0].exists()
+    assert slow.written[0].exists()
+    assert written[0].read_bytes() != slow.written[0].read_bytes()
+    assert sorted(tmp_path.iterdir()) == sorted({tmp_path / name, slow.out.path})
+    assert slow.out.path.stem == "s-2"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a limit that only POSIX has")
+@pytest.mark.parametrize("limit", [0, 100, 1000])
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_full_disk_is_an_error_that_leaves_nothing(tmp_path, format, limit):
+    import resource
+
+    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))  # bytes of a file
+    try:
+        with pytest.raises(OSError, match=r"File too large"):
+            write(tmp_path / "s", [format], images)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
+
+
+def test_arrays_beside_the_samples_wait_on_the_disk_not_in_memory(tmp_path):
+    latents = torch.randn(64, 4, 64, 64)  # 4 MB
+    items = torch.zeros(64, 1, 4, 4, dtype=torch.uint8)
+    tracemalloc.start()
+    with SampleWriter(tmp_path / "s.npz", ["npz"], (1, 4, 4), 64) as writer:
+        for i in range(64):
+            writer.add(items[i : i + 1], latents=latents[i : i + 1], labels=torch.tensor([i]))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 2e6
+    with np.load(tmp_path / "s.npz") as arrays:
+        assert (arrays["latents"] == latents.numpy()).all()
+        assert arrays["labels"].tolist() == list(range(64))
 
 
 @pytest.mark.parametrize("name", ["s", "s.npz"])
@@ -124,10 +249,18 @@ def test_reference_items_may_come_with_each_batch(tmp_path):
         ("s.png", "png", ["grid"]),
         ("s.npz", None, ["npz"]),
         ("s.gif", "gif", ["gif"]),
+        ("v1.5", None, ["grid"]),
+        ("of.epoch-20", "npz", ["npz"]),
+        ("there.tiff", None, ["grid"]),  # a folder that is there
     ],
 )
 def test_parse_output(tmp_path, out, format, expected):
+    (tmp_path / "there.tiff").mkdir()
     assert parse_output(tmp_path / out, format, "model.pth") == (tmp_path / out, expected)
+
+
+def test_parse_output_takes_a_slash_as_a_word():
+    assert parse_output("new.tiff/", None, "model.pth") == (Path("new.tiff"), ["grid"])
 
 
 def test_parse_output_defaults_to_a_new_folder_beside_the_checkpoint(tmp_path):
@@ -143,6 +276,10 @@ def test_parse_output_defaults_to_a_new_folder_beside_the_checkpoint(tmp_path):
         ("s", "jpg", "format=jpg"),
         ("s", "", "exists"),
         ("s.jpg", None, "out="),
+        ("s.bmp", None, "out=.*s.bmp/"),
+        ("s.TIFF", None, "out="),
+        ("s.npy", "npz", "out="),
+        ("s.mp4", "gif", "out="),
         ("s.png", "npz", "format=npz"),
         ("s.npz", "npz,grid", "format=npz,grid"),
     ],
@@ -153,3 +290,8 @@ def test_parse_output_refuses(tmp_path, out, format, word):
         (tmp_path / out / "mine").touch()
     with pytest.raises(ValueError, match=word):
         parse_output(Path(tmp_path / out), format, "model.pth")
+
+
+def test_parse_output_refuses_no_path():
+    with pytest.raises(ValueError, match="out=''"):
+        parse_output("", None, "model.pth")

@@ -4,18 +4,21 @@ import argparse
 import errno
 import importlib
 import re
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from helpers import SHORT, execute, read_arrays, refused, run
+from helpers import DIGITS, SHORT, execute, read_arrays, refused, run
 
 from ddp.config import OLD_NAMES, OLD_VALUES, Config
 from ddp.io import cli
 from ddp.io.checkpoint import read_checkpoint
+from ddp.io.terminal import Stopped
 from ddp.options import SamplerOptions
+from ddp.sampling import SAMPLERS
 
 SCRIPTS = ("train", "generate", "evaluate")
 
@@ -257,7 +260,15 @@ def test_sampler_options_tell_zero_from_not_given():
         ("train.py", "--epochs 0", "epochs"),
         ("train.py", "--lr fast", "lr"),
         ("train.py", "--no_such_flag", "no_such_flag"),
-        ("train.py", "--plugin none.py", "plugin"),
+        ("train.py", f"--max_steps {'9' * 400}", "max_steps"),
+        ("train.py", f"--channel_mult 1,{'9' * 5000}", "channel_mult"),
+        ("train.py", "--lr 1e38", "lr"),
+        ("train.py", "--epochs 1e308", "epochs"),
+        ("train.py", "--lr nan", "lr"),
+        ("generate.py", f"--checkpoint a.pth --num_samples -{'9' * 400}", "num_samples"),
+        ("generate.py", "--checkpoint a.pth --s_churn inf", "s_churn"),
+        ("generate.py", "--checkpoint =", "checkpoint"),
+        ("generate.py", f"--checkpoint a.pth --steps {'many' * 1000}", "steps"),
         ("train.py", "--schedule cubic", "schedule"),
         ("generate.py", "", "checkpoint"),
         ("generate.py", "--checkpoint a.pth --steps many", "steps"),
@@ -267,7 +278,8 @@ def test_sampler_options_tell_zero_from_not_given():
     ],
 )
 def test_wrong_flag_is_one_short_line_and_code_2(script, flags, name, tmp_path):
-    result = execute(script, *flags.split(), cwd=tmp_path)
+    arguments = [word.replace("=", "") for word in flags.split()]  # = is empty text
+    result = execute(script, *arguments, cwd=tmp_path)
     assert result.code == 2
     assert result.out == ""
     lines = result.err.strip().splitlines()
@@ -319,7 +331,11 @@ def test_exit_codes_reach_the_shell(tmp_path):
         (OSError("there is no a.pth"), 1, "error: there is no a.pth"),
         (FloatingPointError("infinite"), 1, "error: infinite"),
         (KeyboardInterrupt(), 130, "stopped at once"),
+        (Stopped(signal.SIGTERM), 143, "stopped at once"),
         (RuntimeError("CUDA out of memory.\nTried to allocate"), 1, "batch_size"),
+        (MemoryError(), 1, "memory"),
+        (MemoryError("Unable to allocate 3 TiB"), 1, "3 TiB"),
+        (OSError("two\nlines"), 1, "two lines"),
         (torch._dynamo.exc.InternalTorchDynamoError("no\ncompiler"), 1, "compile"),
     ],
 )
@@ -340,6 +356,17 @@ def test_exit_status_of_a_full_disk_names_the_reason():
 def test_exit_status_lets_a_bug_show_its_traceback(error):
     with pytest.raises(type(error)):
         cli.exit_status(error)
+
+
+def test_an_error_with_what_a_terminal_obeys_is_one_plain_short_line(capsys):
+    def main(args):
+        raise OSError("\x1b[2J\r\n" + "x" * 10**6)
+
+    assert cli.command(main, lambda arguments: None, []) == 1
+    err = capsys.readouterr().err
+    assert r": error: \x1b[2J x" in err
+    assert err.count("\n") == 1
+    assert len(err) < 5000
 
 
 def test_require_at_least_names_the_flag():
@@ -404,7 +431,7 @@ def test_plugin_that_fails_is_one_line_that_names_its_line(tmp_path, text, reaso
     (tmp_path / "own.py").write_text(text)
     for script in SCRIPTS:
         result = execute(f"{script}.py", "--plugin", "own.py", "--no_such_flag", cwd=tmp_path)
-        assert result.code == 2
+        assert result.code == 1
         assert "plugin=own.py: " in result.error_line
         assert reason in result.error_line
         assert len(result.err.splitlines()) == 1
@@ -413,6 +440,32 @@ def test_plugin_that_fails_is_one_line_that_names_its_line(tmp_path, text, reaso
 @pytest.mark.parametrize("name", ["none.py", ".", "="])
 def test_plugin_that_is_not_there_is_refused(tmp_path, name):
     name = name.strip("=")
-    line = refused("train.py", *SHORT, "--plugin", name, cwd=tmp_path)
+    line = refused("train.py", *SHORT, "--plugin", name, cwd=tmp_path, code=1)
     assert f"plugin={name}: " in line
     assert not list(tmp_path.iterdir())
+
+
+FAULTY = """
+import math
+
+from ddp.sampling import SAMPLERS, Sampler
+
+
+def step(x0_hat, x_t, log_snr_t, log_snr_s, **_):
+    return x0_hat * math.sqrt(-1)
+
+
+SAMPLERS["faulty"] = Sampler(step)
+"""
+
+
+def test_plugin_that_fails_at_work_is_no_wrong_flag(tmp_path):
+    """A ValueError in it is not what the user asked for; the line says where it arose."""
+    (tmp_path / "own.py").write_text(FAULTY)
+    flags = ["--checkpoint", DIGITS, "--plugin", "own.py", "--sampler", "faulty", "--steps", 1]
+    try:
+        line = refused("generate.py", *flags, "--out", "a.png", cwd=tmp_path, code=1)
+    finally:
+        SAMPLERS.pop("faulty", None)
+    assert "plugin=own.py: ValueError: math domain error (line 8)" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["own.py"]

@@ -1,5 +1,8 @@
 """generate.py from end to end: samples in every format, with every sampler, and every edit."""
 
+import contextlib
+import errno
+import io
 import re
 import shutil
 import signal
@@ -23,9 +26,14 @@ from helpers import (
 )
 from PIL import Image
 
+import generate as generate_script
 from ddp.data import load_dataset
 from ddp.editing import EDITS
+from ddp.io import cli
+from ddp.io.checkpoint import load_model
+from ddp.io.device import sampling_dtype
 from ddp.io.figures import grid
+from ddp.options import SamplerOptions
 from ddp.sampling import SAMPLERS, THRESHOLDS, sample
 from ddp.schedule import SPACINGS
 
@@ -86,6 +94,109 @@ def test_generate_of_a_file_writes_that_file_only(trained, tmp_path):
     for name in ("new/a.png", "new/a.npz", "new/a.gif"):
         run("generate.py", *flags, "--out", name, cwd=tmp_path)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"a.png", "a.npz", "a.gif"}
+
+
+def test_generate_of_a_run_takes_its_model_else_its_last_checkpoint(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained / "digits", folder)
+    flags = ["--num_samples", 3, "--steps", 2]
+    model = generate("--checkpoint", folder / "model.pth", *flags, cwd=tmp_path, name="a")
+    of_run = generate("--checkpoint", folder, *flags, cwd=tmp_path, name="b")
+    assert (of_run["images"] == model["images"]).all()
+    (folder / "model.pth").unlink()
+    generate("--checkpoint", folder, *flags, cwd=tmp_path, name="c")
+    (folder / "last.pth").unlink()
+    line = refused("generate.py", "--checkpoint", folder, *flags, cwd=tmp_path, code=1)
+    assert str(folder) in line
+
+
+def test_generate_says_how_many_of_the_samples_are_shown(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr("ddp.io.writer.GRID_IMAGES", 9)
+    flags = ["--checkpoint", trained / "digits" / "model.pth", "--steps", 1]
+    out = run("generate.py", *flags, "--num_samples", 10, "--out", "a", cwd=tmp_path)
+    assert "10 samples, of which the grid shows the first 9" in out
+    out = run("generate.py", *flags, "--num_samples", 9, "--out", "b", cwd=tmp_path)
+    assert "shows the first" not in out
+    out = run("generate.py", *flags, "--num_samples", 10, "--out", "c.npz", cwd=tmp_path)
+    assert "shows the first" not in out  # there is no grid
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "text"),
+    [
+        (1, 1, "1 sample by ddim in 1 step:"),
+        (2, 2, "2 samples by ddim in 2 steps:"),
+    ],
+)
+def test_generate_counts_in_words_that_fit(trained, tmp_path, count, steps, text):
+    flags = ["--num_samples", count, "--steps", steps, "--sampler", "ddim", "--out", "a.png"]
+    path = trained / "moons" / "model.pth"
+    assert text in run("generate.py", "--checkpoint", path, *flags, cwd=tmp_path)
+
+
+def test_points_are_shown_alone_where_their_data_may_not_be_loaded(trained, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("set dataset")
+
+    monkeypatch.setattr("generate.data_source", refuse)
+    flags = ["--checkpoint", trained / "moons" / "model.pth", "--steps", 2, "--out", "a.png"]
+    assert "without the data (set dataset)" in run("generate.py", *flags, cwd=tmp_path)
+    assert Image.open(tmp_path / "a.png").width < 500  # one panel
+
+
+class Broken(io.StringIO):
+    """A stdout that shows nothing: it raises at every print."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokenPipeError(),
+        OSError(errno.ENOSPC, "No space left on device"),
+        UnicodeEncodeError("ascii", "é", 0, 1, "ordinal not in range(128)"),
+    ],
+)
+def test_samples_are_there_whatever_becomes_of_stdout(trained, tmp_path, monkeypatch, error):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--num_samples", "2", "--steps", "1", "--out", "é.npz"]
+    arguments += ["--checkpoint", str(trained / "moons" / "model.pth")]
+    with contextlib.redirect_stdout(Broken(error)), contextlib.redirect_stderr(Broken(error)):
+        assert cli.command(generate_script.main, generate_script.parse, arguments) == 0
+    assert read_arrays(tmp_path / "é.npz")["points"].shape == (2, 2)
+
+
+def test_two_at_once_lose_nothing(trained, tmp_path, monkeypatch):
+    """The second comes and goes while the first draws; each tells the name of its own file."""
+    flags = ["--checkpoint", trained / "digits" / "model.pth", "--steps", 1, "--num_samples", 2]
+    flags += ["--out", "a.npz", "--seed"]
+
+    def sample_later(*arguments, **options):
+        monkeypatch.undo()
+        assert "a.npz" in run("generate.py", *flags, 1, cwd=tmp_path)
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr("ddp.editing.sample", sample_later)
+    assert "a-2.npz" in run("generate.py", *flags, 0, cwd=tmp_path)
+    first, second = (read_arrays(tmp_path / name)["images"] for name in ("a-2.npz", "a.npz"))
+    assert (first != second).any()
+
+
+def test_the_library_draws_what_the_script_draws(trained, tmp_path):
+    path = trained / "moons" / "model.pth"
+    points = generate("--checkpoint", path, "--num_samples", 3, cwd=tmp_path)["points"]
+    model, config, _ = load_model(path)
+    model = model.for_inference(sampling_dtype(None, config.precision, model.device))
+    x0 = sample(model, torch.arange(3))
+    np.testing.assert_allclose(points, x0.numpy(), rtol=1e-6)
+    options = SamplerOptions().resolve(model)
+    np.testing.assert_array_equal(sample(model, torch.arange(3), **options), x0)
 
 
 # ---- a sample is a function of (seed, i) ----
@@ -211,21 +322,35 @@ def test_inpaint_keeps_what_is_not_masked(files, tmp_path):
     assert (images[:, 4:] != given[:, 4:]).any()
 
 
-@pytest.mark.parametrize(
-    "line", ["--image {array}", "--inpaint {array} --mask {mask}", "--interpolate {array}"]
-)
+@pytest.mark.parametrize("line", ["--image {array}", "--inpaint {array} --mask {mask}"])
 def test_animation_of_an_edit_ends_in_its_samples(files, tmp_path, line):
     flags = ["--checkpoint", files["run"], *line.format(**files).split(), "--steps", 6]
     run("generate.py", *flags, "--format", "gif,grid,npz", "--out", "s", cwd=tmp_path)
     images = read_arrays(tmp_path / "s" / "samples.npz")["images"]
-    columns = 8 if "--interpolate" in line else None
-    last = np.asarray(grid(images.transpose(0, 3, 1, 2), columns)).astype(float)  # (H, W, 3)
     with Image.open(tmp_path / "s" / "process.gif") as animation:
         assert animation.n_frames > 1
-        animation.seek(animation.n_frames - 1)
-        frame = np.asarray(animation.convert("RGB")).astype(float)
-    assert frame.shape == last.shape
-    assert np.abs(frame - last).mean() < 4  # a .gif has 256 colors
+        assert_frame(animation, -1, images)
+
+
+def assert_frame(animation, number, images):
+    """Require that a frame of an animation shows images (N, H, W, C)."""
+    animation.seek(number % animation.n_frames)
+    frame = np.asarray(animation.convert("RGB")).astype(float)
+    expected = np.asarray(grid(images.transpose(0, 3, 1, 2))).astype(float)  # (H, W, 3)
+    assert frame.shape == expected.shape
+    assert np.abs(frame - expected).mean() < 4  # a .gif has 256 colors
+
+
+@pytest.mark.parametrize("line", ["--interpolate {array}", "--interpolate --num_samples 16"])
+def test_animation_of_an_interpolation_goes_from_one_end_to_the_other(files, tmp_path, line):
+    """It shows the way between, not how each of the samples comes out of noise."""
+    flags = ["--checkpoint", files["run"], *line.format(**files).split(), "--steps", 3]
+    run("generate.py", *flags, "--format", "gif,npz", "--out", "s", cwd=tmp_path)
+    images = read_arrays(tmp_path / "s" / "samples.npz")["images"]  # (16, 8, 8, 1)
+    with Image.open(tmp_path / "s" / "process.gif") as animation:
+        assert animation.n_frames == 8
+        for k in (0, 3, 7):
+            assert_frame(animation, k, images[k::8])
 
 
 def test_latents_of_a_reconstruction_give_it_back(files, tmp_path):
@@ -277,6 +402,23 @@ def test_strength_of_sdedit_says_how_much_changes(files, tmp_path):
         changes.append(np.abs(arrays["images"][..., 0] - given).mean())
     assert changes[0] < 15
     assert changes[1] > 2 * changes[0]
+
+
+def test_default_strength_changes_a_digit_and_mostly_not_into_another(shared_data, tmp_path):
+    """By MNIST: more than a third of the way to another item, in four of five the same digit."""
+    dataset = load_dataset("mnist", shared_data / "mnist")
+    given = dataset.test[:20]
+    np.save(tmp_path / "a.npy", given[:, 0].numpy())
+    checkpoint = ROOT / "checkpoints" / "mnist.pth"
+    images = generate("--checkpoint", checkpoint, "--image", "a.npy", cwd=tmp_path)["images"]
+    made = torch.from_numpy(images).permute(0, 3, 1, 2).flatten(1).float()
+    given = given.flatten(1).float()
+    change = (made - given).square().mean().sqrt()
+    between = (given[1:] - given[:-1]).square().mean().sqrt()  # one item and another
+    assert 0.33 < change / between < 0.6
+    train = dataset.train[:5000].flatten(1).float()
+    nearest = dataset.train_labels[torch.cdist(made, train).argmin(dim=1)]
+    assert (nearest == dataset.test_labels[:20]).float().mean() >= 0.8
 
 
 def test_items_to_edit_come_from_images_and_arrays(files, tmp_path):
@@ -376,6 +518,11 @@ REFUSED = [
     ("--format npz --out x.png", "out"),
     ("--batch_size 0", "batch_size"),
     ("--device tpu", "device"),
+    ("--device foo", "device"),
+    ("--device =", "device"),
+    ("--out x.tiff", "out"),
+    ("--out =", "out"),
+    (f"--num_samples {10**400}", "num_samples"),
     ("--sampler magic", "sampler"),
     ("--eta 0.5 --sampler unipc", "eta"),
     ("--s_churn 3", "s_churn"),
@@ -413,7 +560,6 @@ REFUSED = [
     ("--reconstruct =", "reconstruct"),
     ("--latents =", "latents"),
     ("--unknown 1", "unknown"),
-    ("--plugin none.py", "plugin"),
 ]
 
 
@@ -493,7 +639,7 @@ def test_interrupted_generate_leaves_nothing(trained, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
         return sample(model, indices, *arguments, **options)
 
-    monkeypatch.setattr("generate.sample", sample_and_interrupt)
+    monkeypatch.setattr("ddp.editing.sample", sample_and_interrupt)
     flags = ["--checkpoint", trained / "digits" / "model.pth", "--steps", 2, *MANY]
     assert "stopped" in refused("generate.py", *flags, cwd=tmp_path, code=130)
     assert not list(tmp_path.iterdir())
@@ -514,7 +660,7 @@ def test_terminated_generate_leaves_nothing(trained, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     text = process.communicate(timeout=60)[0]
-    assert process.returncode == 130, text
+    assert process.returncode == 128 + signal.SIGTERM, text
     assert "Traceback" not in text
     assert not list(tmp_path.iterdir())
 
