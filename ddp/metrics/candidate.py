@@ -8,14 +8,19 @@ from pathlib import Path
 import torch
 
 from ddp.config import Config
-from ddp.data import load_dataset, permutation, to_float, to_pixels
-from ddp.data.arrays import load_samples
+from ddp.data import permutation, to_float, to_pixels
 from ddp.io.checkpoint import load_guide, load_model
 from ddp.io.device import sampling_dtype
 from ddp.model import DiffusionModel
 from ddp.options import SamplerOptions, check_fields, flag
 from ddp.sampling import sample
 
+OLD_OPTIONS = {  # names before 0.2, still accepted
+    "vlb_items": "test_items",
+    "vlb_samples": "draws",
+    "nll_items": "exact_items",
+    "dequant_samples": "exact_draws",
+}
 COUNT = {"at_least": 1, "at_most": 2**32 - 1}  # bounds of options
 ITEMS = COUNT | {"at_least": 2}  # an error needs two
 
@@ -38,17 +43,25 @@ class EvaluateOptions:
         check_fields(self)
 
     def resolve(self, dataset, candidates):
-        """These options with each number chosen for the data, and at most what there is of it."""
+        """These options with each number chosen for the data, and at most what there is of it.
+
+        Raises ValueError when there are fewer than two samples or real items."""
+        counts = {c.name: len(c.samples) for c in candidates if c.samples is not None}
+        counts[f"the {self.reference} split of {dataset.name}"] = len(
+            getattr(dataset, self.reference)
+        )
+        for name, count in counts.items():
+            if count < 2:
+                raise ValueError(f"{name} holds {count}; at least 2 are needed, for an error")
         vlb_samples = self.vlb_samples or (16 if dataset.is_image else 64)
         nll_items = self.nll_items or (128 if dataset.is_image else 2000)
-        counts = [len(c.samples) for c in candidates if c.samples is not None]
-        counts.append(len(getattr(dataset, self.reference)))  # of the real items
+        likelihood_items = max(2, len(dataset.test))  # with fewer there is no model to measure
         return dataclasses.replace(
             self,
-            num_samples=min(self.num_samples, *counts),
-            vlb_items=min(self.vlb_items, len(dataset.test)),
+            num_samples=min(self.num_samples, *counts.values()),
+            vlb_items=min(self.vlb_items, likelihood_items),
             vlb_samples=vlb_samples + vlb_samples % 2,  # two halves give the Monte Carlo error
-            nll_items=min(nll_items, len(dataset.test)),
+            nll_items=min(nll_items, likelihood_items),
         )
 
 
@@ -69,11 +82,14 @@ class Candidate:
     def require_fit(self, dataset):
         """Raise ValueError unless the model was trained on such data."""
         same_classes = not self.model.num_classes or dataset.classes == self.classes
-        if dataset.event != self.model.event or not same_classes or len(dataset.test) < 2:
+        if dataset.event != self.model.event or not same_classes:
             raise ValueError(
                 f"the data, {dataset.event} of classes {dataset.classes}, is not what {self.name} "
-                f"was trained on, {self.model.event} of classes {self.classes}, or has too few "
-                "test items"
+                f"was trained on, {self.model.event} of classes {self.classes}"
+            )
+        if len(dataset.test) < 2:
+            raise ValueError(
+                f"{dataset.name} has {len(dataset.test)} test items; expected 2 or more"
             )
 
 
@@ -83,12 +99,17 @@ class Reference:
     progress: (iterable, desc=) -> the same items, such as tqdm."""
 
     def __init__(self, dataset, options, device="cpu", progress=None):
-        items, labels, others = dataset.test, dataset.test_labels, dataset.train
+        items, labels = dataset.test, dataset.test_labels
+        others, other_labels = dataset.train, dataset.train_labels
         if options.reference == "train":
-            items, labels, others = dataset.train, dataset.train_labels, dataset.test
+            items, labels, others, other_labels = others, other_labels, items, labels
         self.dataset = dataset  # its test items are those of likelihoods
         self.items, self.labels = fixed_subset(items, labels, options.num_samples)  # (N, *event)
         self.baseline, _ = fixed_subset(others, None, len(self.items))  # as if it were samples
+        # of a class-conditional model's samples: as random as those of the baseline, or the counts
+        # of classes would be nearer to the real ones than those of any new items
+        pool = labels if other_labels is None else other_labels
+        self.sample_labels = None if pool is None else fresh_labels(pool, len(self.items))
         self.baseline_matches = len(self.baseline) == len(self.items)  # distances fall with number
         self.device = device  # for networks that measure
         self.progress = progress or (lambda iterable, desc=None: iterable)
@@ -99,6 +120,15 @@ def fixed_subset(items, labels, count):
     """`count` of the items and their labels, always the same, at random: a folder is sorted."""
     indices = permutation(0, 0, len(items))[:count]  # (count,)
     return items[indices], None if labels is None else labels[indices]
+
+
+def fresh_labels(labels, count):
+    """`count` labels (count,) of a split, always the same, other ones than fixed_subset takes.
+
+    Where there are fewer, each is taken once before any is taken again."""
+    rounds = range(math.ceil(count / len(labels)))
+    indices = torch.cat([permutation(1, k, len(labels)) for k in rounds])[:count]
+    return labels[indices]
 
 
 def checkpoint_candidate(path, name=None, sampling=None, weights="ema", device="cpu"):
@@ -124,59 +154,33 @@ def checkpoint_candidate(path, name=None, sampling=None, weights="ema", device="
     return Candidate(name or Path(path).stem, about, *models, options, config, state["classes"])
 
 
-def distinct_names(paths):
-    """A name for each path: the file's, the folder's, or the whole path, whichever differ."""
-    stems = [Path(path).stem for path in paths]
-    parents = [Path(path).resolve().parent.name for path in paths]
-    for names in (stems, parents):
-        if len(set(names)) == len(paths):
-            return names
-    return paths
-
-
-def load_candidates(paths, checkpoints, dataset_options, sampling, weights, device, progress):
-    """(candidates, dataset): what lies at the paths, and the data to compare it with.
-
-    checkpoints: those of the paths that are one; all others are samples. dataset_options: of
-    load_dataset, over those of the first checkpoint. sampling: a SamplerOptions."""
-    names = dict(zip(paths, distinct_names(paths), strict=True))  # path -> name
-    candidates = {}  # path -> Candidate; checkpoints first, since one may name the dataset
-    for path in checkpoints:
-        candidates[path] = checkpoint_candidate(path, names[path], sampling, weights, device)
-    if checkpoints:
-        dataset_options = candidates[checkpoints[0]].config.data_options() | dataset_options
-    dataset = load_dataset(**dataset_options, progress=progress)
-    for path in paths:
-        if path in candidates:
-            candidates[path].require_fit(dataset)
-            continue
-        items, summary = load_samples(path, dataset.event)  # .npz, .npy, a folder or a .zip
-        about = {"samples": str(Path(path).resolve()), "count": len(items), "summary": summary}
-        if Path(path).is_file():
-            about["sha256"] = file_digest(path)
-        candidates[path] = Candidate(names[path], about, samples=items)
-    return [candidates[path] for path in paths], dataset
-
-
 def file_digest(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    sha = hashlib.sha256()
+    with open(path, "rb") as f:
+        while part := f.read(1 << 20):
+            sha.update(part)
+    return sha.hexdigest()
 
 
 def generate_samples(candidate, reference, options):
-    """Samples (N, *event) of a candidate's model: as many as real items, and with their labels."""
+    """Samples (N, *event) of a candidate's model: as many as real items; with sample_labels."""
     model = candidate.sampling_model
     batches = torch.arange(len(reference.items)).split(options.batch_size)  # (B,) each
     parts = []
     for indices in reference.progress(batches, desc="samples"):
-        label = reference.labels[indices].to(model.device) if model.num_classes else None
+        label = reference.sample_labels[indices].to(model.device) if model.num_classes else None
         x0 = sample(model, indices, options.seed, label, **candidate.sampler_options)
         parts.append(to_pixels(x0).cpu())  # uint8, or points as they are
     return torch.cat(parts)
 
 
 def iterate_test_set(model, reference, options, name, num_items, copies=1):
-    """Yield x0 (B, *event), indices (B,) and label (B,) or None of test items, in batches."""
+    """Yield x0 (B, *event), indices (B,) and label (B,) or None of test items, in batches.
+
+    Raises ValueError when the model needs labels, and the test items have none."""
     dataset = reference.dataset
+    if model.num_classes and dataset.test_labels is None:
+        raise ValueError(f"{name}: the test items of {dataset.name} have no labels for the model")
     items, labels = fixed_subset(dataset.test, dataset.test_labels, num_items)
     size = max(1, options.batch_size // copies)  # the model sees copies of each item at a time
     batches = torch.arange(len(items)).split(size)

@@ -14,7 +14,8 @@ import torch
 NEIGHBORS = 5  # k of the k nearest neighbors. Naeem et al. 2020, section 3.3
 PROJECTIONS = 256  # random lines of the sliced distance
 HISTOGRAM_BINS = 20  # on each axis
-BLOCK = 1 << 26  # pairwise distances in memory at a time
+BLOCK = 1 << 22  # numbers that are in memory at a time: all pairs of a large set would be too many
+CLOSEST = 8  # candidates for the nearest neighbor that are measured without rounding
 
 
 def frechet_distance(a, b):
@@ -33,15 +34,24 @@ def frechet_distance(a, b):
     return (mean @ mean + cov_a.trace() + cov_b.trace() - 2 * cross).item()  # FID
 
 
+def blocks(count, width):
+    """The slices that cut `count` rows of `width` numbers into parts of at most BLOCK numbers."""
+    rows = max(1, BLOCK // max(1, width))
+    return [slice(start, start + rows) for start in range(0, count, rows)]
+
+
 def mmd2(kernel, a, b):
     """Squared maximum mean discrepancy (MMD), by its unbiased estimator: it may be negative.
 
     Gretton et al. 2012, eq. 3. kernel: (N, D), (M, D) -> (N, M), symmetric."""
     within = 0
     for x in (a, b):
-        matrix = kernel(x, x)  # (N, N), without its diagonal
-        within += (matrix.sum() - matrix.diagonal().sum()) / (len(x) * (len(x) - 1))
-    return (within - 2 * kernel(a, b).mean()).item()
+        for rows in blocks(len(x), len(x)):
+            matrix = kernel(x[rows], x)  # (n, N), without the diagonal of the whole
+            part = matrix.sum() - matrix.diagonal(offset=rows.start).sum()
+            within += part / (len(x) * (len(x) - 1))
+    between = sum(kernel(a[rows], b).sum() for rows in blocks(len(a), len(b)))
+    return (within - 2 * between / (len(a) * len(b))).item()
 
 
 def kid(a, b):
@@ -59,7 +69,8 @@ def mmd2_rbf(a, b):
 def radii(x, k):
     """Distance of each item of x (N, D) to its k-th nearest neighbor in the set, (N,)."""
     kth = min(k, len(x) - 1) + 1  # the nearest is the item itself
-    return torch.cdist(x, x).kthvalue(kth, dim=1).values
+    parts = blocks(len(x), len(x))
+    return torch.cat([torch.cdist(x[rows], x).kthvalue(kth, dim=1).values for rows in parts])
 
 
 def prdc(a, b, k=NEIGHBORS):
@@ -71,14 +82,22 @@ def prdc(a, b, k=NEIGHBORS):
     k-th neighbor's distance (Naeem et al. 2020, eqs. 3-4)."""
     a = a.double()
     b = b.double()
-    between = torch.cdist(a, b)  # (N, M)
-    near_real = between < radii(b, k)  # (N, M), sample i lies within real item j's radius
-    near_sample = between < radii(a, k)[:, None]  # (N, M), real item j within sample i's radius
+    radii_a = radii(a, k)  # (N,)
+    radii_b = radii(b, k)  # (M,)
+    counts = torch.zeros(len(a))  # (N,), of the real items within whose radius a sample lies
+    recalled = torch.zeros(len(b), dtype=torch.bool)  # (M,), it lies within a sample's radius
+    covered = torch.zeros(len(b), dtype=torch.bool)  # (M,), a sample lies within its radius
+    for rows in blocks(len(a), len(b)):
+        between = torch.cdist(a[rows], b)  # (n, M)
+        near_real = between < radii_b  # (n, M)
+        counts[rows] = near_real.sum(dim=1).float()
+        covered |= near_real.any(dim=0)
+        recalled |= (between < radii_a[rows, None]).any(dim=0)
     return {
-        "precision": near_real.any(dim=1).double().mean().item(),
-        "recall": near_sample.any(dim=0).double().mean().item(),
-        "density": near_real.sum(dim=1).double().mean().item() / k,
-        "coverage": near_real.any(dim=0).double().mean().item(),
+        "precision": (counts > 0).double().mean().item(),
+        "recall": recalled.double().mean().item(),
+        "density": counts.double().mean().item() / k,
+        "coverage": covered.double().mean().item(),
     }
 
 
@@ -87,9 +106,12 @@ def sliced_wasserstein(a, b):
     generator = torch.Generator().manual_seed(0)  # the same lines in every evaluation
     lines = torch.randn(a.shape[1], PROJECTIONS, generator=generator, dtype=torch.float64)
     lines /= lines.norm(dim=0)  # (D, PROJECTIONS), each of length 1
-    a = (a.double() @ lines).sort(dim=0).values  # (N, PROJECTIONS); in 1-D sorting is optimal
-    b = (b.double() @ lines).sort(dim=0).values
-    return (a - b).square().mean().sqrt().item()
+    squared = 0
+    for columns in blocks(PROJECTIONS, 2 * len(a)):
+        x = (a.double() @ lines[:, columns]).sort(dim=0).values  # (N, p); in 1-D sorting is optimal
+        y = (b.double() @ lines[:, columns]).sort(dim=0).values
+        squared += (x - y).square().sum()
+    return math.sqrt(squared / (len(a) * PROJECTIONS))
 
 
 def wasserstein2(a, b):
@@ -125,10 +147,30 @@ def total_variation(a, b):
 
 
 def nearest(a, b):
-    """Distance of each item of a (N, D) to its nearest in b (M, D), and that item's index: (N,)."""
-    parts = a.split(max(1, BLOCK // len(b)))
-    index = torch.cat([torch.cdist(part, b).argmin(dim=1) for part in parts])  # (N,)
-    return (a - b[index]).norm(dim=1), index  # cdist of many is not exact where two are equal
+    """Distance of each item of a (N, *event) to its nearest in b (M, *event), and its index: (N,).
+
+    Items of any type, uint8 too. The expanded square (|x|^2 - 2 x . y + |y|^2) is fast but rounded,
+    so that an exact copy may lose to another item; the CLOSEST by it are measured one by one."""
+    width = a[0].numel()
+    distances = []
+    nearest_index = []
+    for rows in blocks(len(a), width):
+        x = a[rows].flatten(1).float()  # (n, D)
+        values = []  # of each block of b the CLOSEST, (n, CLOSEST)
+        index = []
+        for columns in blocks(len(b), max(width, len(x))):
+            y = b[columns].flatten(1).float()  # (m, D)
+            squared = y.square().sum(dim=1) - 2 * x @ y.T  # (n, m), less |x|^2
+            value, i = squared.topk(min(CLOSEST, len(y)), largest=False)
+            values.append(value)
+            index.append(i + columns.start)
+        close = torch.cat(values, dim=1).topk(min(CLOSEST, len(b)), largest=False).indices
+        close = torch.cat(index, dim=1).gather(1, close)  # (n, CLOSEST), indices into b
+        exact = [(x - b[i].flatten(1).float()).double().norm(dim=1) for i in close.unbind(dim=1)]
+        distance, which = torch.stack(exact, dim=1).min(dim=1)  # (n,) each
+        distances.append(distance)
+        nearest_index.append(close.gather(1, which[:, None])[:, 0])
+    return torch.cat(distances), torch.cat(nearest_index)
 
 
 @dataclass(frozen=True)
@@ -162,15 +204,15 @@ OF_REAL = Measure(higher_is_better=True, bounds=(0, 1), proportion="real")
 
 DISTANCES = {
     "fd": Distance(frechet_distance, {"fd": PLAIN, "fd_inf": SIGNED}, ("image",)),  # see bootstrap
-    "kid": Distance(kid, {"kid": SIGNED}, ("image",)),
+    "kid": Distance(kid, {"kid": SIGNED}, ("image",), max_items=10_000),
     # an assignment takes time as the cube of the number
     "wasserstein2": Distance(wasserstein2, {"wasserstein2": PLAIN}, ("point",), max_items=2000),
-    "mmd_rbf": Distance(mmd2_rbf, {"mmd_rbf": SIGNED}, ("point",)),
+    "mmd_rbf": Distance(mmd2_rbf, {"mmd_rbf": SIGNED}, ("point",), max_items=10_000),
     "histogram_kl": Distance(histogram_kl, {"histogram_kl": PLAIN}, ("point",)),
     "prdc": Distance(
         prdc,
         {"precision": OF_SAMPLES, "recall": OF_REAL, "density": HIGHER, "coverage": OF_REAL},
-        max_items=10_000,  # nearest neighbors take memory as the square of the number
+        max_items=10_000,  # pairs take time as the square of the number
     ),
     "sliced_wasserstein": Distance(sliced_wasserstein, {"sliced_wasserstein": PLAIN}),
 }
@@ -179,11 +221,15 @@ CLASS_MEASURES = {  # of how a classifier sorts the samples, which are not dista
     "label_accuracy": OF_SAMPLES,  # the class is the label that was asked for
     "class_tv": Measure(bounds=(0, 1)),  # total variation between the class frequencies
 }
+NEIGHBOR_MEASURES = {  # of the distances to the nearest training item
+    "nn_distance_ratio": PLAIN,
+    "near_duplicates": Measure(bounds=(0, 1), proportion="samples"),
+}
 
 
 def find_measure(name):
     """The Measure of a reported name; a name that no registry has is a plain distance."""
-    known = dict(CLASS_MEASURES)
+    known = CLASS_MEASURES | NEIGHBOR_MEASURES
     for distance in DISTANCES.values():
         known |= distance.measures
     return known.get(name, PLAIN)

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 
 from ddp.data import permutation
 from ddp.io.checkpoint import provenance
@@ -16,7 +17,17 @@ from ddp.metrics.candidate import generate_samples, log_density
 from ddp.metrics.distances import DISTANCES, NEIGHBORS
 from ddp.metrics.features import FEATURES
 from ddp.metrics.likelihood import TOLERANCES
-from ddp.metrics.likelihood_metrics import evaluate_loss, evaluate_ode_nll, evaluate_vlb, nll_tables
+from ddp.metrics.likelihood_metrics import (
+    evaluate_loss,
+    evaluate_ode_nll,
+    evaluate_vlb,
+    loss_calls,
+    nll_tables,
+    ode_nll_calls,
+    sampling_calls,
+    seconds_of_a_call,
+    vlb_calls,
+)
 from ddp.metrics.sample_metrics import (
     FEW_RESAMPLES,
     MANY_FEATURES,
@@ -29,8 +40,9 @@ from ddp.metrics.sample_metrics import (
 )
 from ddp.metrics.uncertainty import RESAMPLES, Estimate
 
-SCHEMA = 3  # of the JSON; raise when a key changes
+SCHEMA = 4  # of the JSON; raise when a key changes
 MIN_ITEMS = 20  # real items, below which there is nothing to compare with in a feature space
+LONG = 300  # seconds: what would take longer is measured when it is asked for by name
 NOT_COMPARED = ("real_vs_real", "real", "relative_to_real")  # the same for all, or a ratio to it
 OLD_METRICS = {  # names before 0.2, still accepted
     "bound": "vlb",
@@ -54,6 +66,7 @@ class Metric:
     note: str = ""
     show_interval: bool = False  # print 95% intervals instead of ± standard errors
     tables: Callable | None = None  # (results, evaluation), as JSON -> (title, note, rows), a list
+    calls: Callable | None = None  # (options, is_image) -> network evaluations of one item
 
 
 def feature_space_metric(space):
@@ -67,19 +80,27 @@ def feature_space_metric(space):
     )
 
 
-METRICS = {
+METRICS = {  # of samples first; the dearest last, which is also compared with the VLB
+    **{space: feature_space_metric(space) for space in FEATURES},
+    "memorization": Metric(evaluate_memorization, show_interval=True, tables=memorization_tables),
+    "pixel_stats": Metric(
+        evaluate_pixel_stats, title="pixel statistics", note="by channel, ± standard error"
+    ),
     "loss": Metric(
         evaluate_loss,
         needs_model=True,
         title="test loss by noise level",
         note="in units of x0, eps and v, ± standard error",
+        calls=loss_calls,
     ),
-    "vlb": Metric(evaluate_vlb, True, tables=partial(nll_tables, "VLB", "vlb_items")),
-    "ode_nll": Metric(evaluate_ode_nll, True, tables=partial(nll_tables, "ODE NLL", "nll_items")),
-    **{space: feature_space_metric(space) for space in FEATURES},
-    "memorization": Metric(evaluate_memorization, show_interval=True, tables=memorization_tables),
-    "pixel_stats": Metric(
-        evaluate_pixel_stats, title="pixel statistics", note="by channel, ± standard error"
+    "vlb": Metric(
+        evaluate_vlb, True, tables=partial(nll_tables, "VLB", "vlb_items"), calls=vlb_calls
+    ),
+    "ode_nll": Metric(
+        evaluate_ode_nll,
+        True,
+        tables=partial(nll_tables, "ODE NLL", "nll_items"),
+        calls=ode_nll_calls,
     ),
 }
 
@@ -116,45 +137,131 @@ def parse_metrics(text, is_image, has_model):
     return [name for name in known if name in names]  # the VLB before what is compared with it
 
 
-def evaluate(candidates, reference, metrics, options):
-    """Measure candidates, whose `samples` and `results` it fills in: a dict for JSON."""
-    known = known_metrics()
-    count = len(reference.items)
-    measured = [name for name in metrics if name not in FEATURES or count >= MIN_ITEMS]
-    warnings = []
-    for name in metrics:
-        if name not in measured:
-            warnings.append(f"{name}: not measured, too few samples or real items, {count}")
-        elif name in FEATURES:  # reads the real items: what may fail, before hours of work
-            warnings += feature_warnings(name, reference, options)
+def evaluate(candidates, reference, metrics, options, by_default=False, tell=None, report=None):
+    """Measure candidates, whose `samples` and `results` it fills in: a dict for JSON.
+
+    by_default: nobody asked for these metrics, so one that takes LONG, or means little, is left
+    out with a warning. tell: function of a line, how long it will take. report: function (what is
+    measured so far, candidate, metric's name), called after each metric."""
+    measured, warnings = choose_metrics(candidates, reference, metrics, options, by_default, tell)
+    warnings = candidate_warnings(candidates, reference.dataset) + warnings
+    evaluation = to_json(summary(candidates, reference, metrics, options, warnings))
     for candidate in candidates:
-        if candidate.samples is not None:  # somebody's, perhaps more than real items, or sorted
-            chosen = permutation(0, 0, len(candidate.samples))[:count].sort().values
-            candidate.samples = candidate.samples[chosen]
-        elif not all(known[name].needs_model for name in measured):
-            candidate.samples = generate_samples(candidate, reference, options)
-        for name in reference.progress(measured, desc=candidate.name):
-            if candidate.model is not None or not known[name].needs_model:
-                candidate.results[name] = known[name].function(candidate, reference, options)
+        names = [name for name in measured if fits(name, candidate, reference.dataset)]
+        for name in reference.progress(names, desc=candidate.name):
+            metric = known_metrics()[name]
+            if not metric.needs_model:
+                prepare_samples(candidate, reference, options)
+            candidate.results[name] = metric.function(candidate, reference, options)
+            evaluation = to_json(summary(candidates, reference, metrics, options, warnings))
+            if report:
+                report(evaluation, candidate, name)
+    return evaluation
+
+
+def choose_metrics(candidates, reference, metrics, options, by_default, tell):
+    """(those of the metrics that will be measured, warnings); arguments as of evaluate."""
+    warnings = []
+    seconds = estimate_seconds(candidates, reference, metrics, options)
+    for name in metrics:
+        if by_default and name != "samples" and seconds.get(name, 0) > LONG:
+            line = f"{name}: left out, it takes about {duration(seconds.pop(name))}"
+            warnings.append(f"{line}; to ask for it: metrics={name}")
+            metrics = [other for other in metrics if other != name]
+    if seconds and tell:
+        parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
+        tell(f"the network takes about {duration(sum(seconds.values()))}: {parts}")
+    measured = []
+    count = len(reference.items)
+    for name in metrics:
+        if name not in FEATURES:
+            measured.append(name)
+            continue
+        if count < MIN_ITEMS:
+            line = f"{name}: not measured, {count} samples or real items are too few"
+            warnings.append(f"{line}; at least {MIN_ITEMS} are needed")
+            continue
+        lines = feature_warnings(name, reference, options)  # reads the real items: it may fail
+        if by_default and reference.spaces[name].extractor.weak:
+            warnings.append(f"{lines[0]}; it is not measured unless asked for: metrics={name}")
+            continue
+        measured.append(name)
+        warnings += lines
+    return measured, warnings
+
+
+def fits(name, candidate, dataset):
+    """Whether a metric can be measured of a candidate: by its model, and by the labels of items."""
+    if not known_metrics()[name].needs_model:
+        return True
+    model = candidate.model
+    return model is not None and not (model.num_classes and dataset.test_labels is None)
+
+
+def prepare_samples(candidate, reference, options):
+    """Give a candidate as many samples as real items, by its model or out of those it has."""
+    count = len(reference.items)
+    if candidate.samples is None:
+        candidate.samples = generate_samples(candidate, reference, options)
+    elif len(candidate.samples) > count:  # somebody's, perhaps sorted
+        chosen = permutation(0, 0, len(candidate.samples))[:count].sort().values
+        candidate.samples = candidate.samples[chosen]
+
+
+def estimate_seconds(candidates, reference, metrics, options):
+    """Seconds that the networks will take, about: "samples" or a metric's name -> a float."""
+    known = known_metrics()
+    seconds = {}
+    for candidate in candidates:
+        calls = {n: known[n].calls for n in metrics if fits(n, candidate, reference.dataset)}
+        calls = {n: f(options, reference.dataset.is_image) for n, f in calls.items() if f}
+        if candidate.samples is None and not all(known[n].needs_model for n in metrics):
+            calls["samples"] = sampling_calls(candidate) * len(reference.items)
+        each = seconds_of_a_call(candidate.model, reference.items) if calls else 0
+        for name, number in calls.items():
+            seconds[name] = seconds.get(name, 0) + number * each
+    return seconds
+
+
+def duration(seconds):
+    """Seconds as text, such as "40 s" or "6 min"."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def summary(candidates, reference, metrics, options, warnings):
+    """All that is measured so far, a dict with Estimates; see docs/evaluation.md."""
     dataset = reference.dataset
     density = log_density(dataset, options.vlb_items)  # (N,) in nats, or None
     about = {name: getattr(dataset, name) for name in ("name", "fingerprint", "event", "classes")}
-    evaluation = {  # see docs/evaluation.md
+    about |= {"train": len(dataset.train), "test": len(dataset.test)}
+    about["val"] = 0 if dataset.val is None else len(dataset.val)
+    about["best_chosen_on"] = dataset.selection_split
+    return {
         "schema": SCHEMA,
-        "dataset": about | {"train": len(dataset.train), "test": len(dataset.test)},
+        "dataset": about,
         "recipe": recipe(reference, metrics, options),
-        "warnings": candidate_warnings(candidates, dataset) + warnings,
+        "warnings": warnings,
         "entropy": None if density is None else Estimate.mean(-density),
         "subjects": [{"name": c.name, "about": c.about, **c.results} for c in candidates],
         "comparison": comparison(candidates),
     }
-    return to_json(evaluation)
 
 
 def candidate_warnings(candidates, dataset):
     """What to know of the candidates, lines: how files were read, and data of another training."""
     warnings = []
     for candidate in candidates:
+        if Path(candidate.about.get("checkpoint", "")).name == "best.pth" and dataset.val is None:
+            warnings.append(
+                f"{candidate.name}: {dataset.name} has no validation items, so best.pth was chosen "
+                "on the test items, of which its figures are: they are a little too good"
+            )
+        model = candidate.model
+        if model is not None and model.num_classes and dataset.test_labels is None:
+            warnings.append(
+                f"{candidate.name}: the test items have no labels, so its losses and likelihoods "
+                "are not measured"
+            )
         if "sha256" not in candidate.about:  # images of a folder may have been resized
             warnings += candidate.about.get("summary", [])[:1]
         trained_on = candidate.about.get("provenance", {})
@@ -162,8 +269,8 @@ def candidate_warnings(candidates, dataset):
         fingerprint = trained_on.get("fingerprint", dataset.fingerprint)  # samples have none
         if fingerprint != dataset.fingerprint and not same_points:
             warnings.append(
-                f"{candidate.name}: this is not the data that the model was trained on; its test "
-                "items may have been among the training items"
+                f"{candidate.name}: this is not the data that the model was trained on, or not its "
+                "split; the test items may have been among the training items"
             )
     return warnings
 

@@ -1,12 +1,12 @@
 """The spaces in which sets are compared: items -> features (N, D) float64.
 
-Pixels and points need no network. The classifier is a small one, trained when it is first needed
-and then kept in a cache. Inception is the network of published FIDs. FEATURES lists them.
+Pixels and points need no network; filters are a network of fixed random weights, which needs no
+training. The classifier is a small one, trained when it is first needed and then kept in a cache.
+Inception is the network of published FIDs. FEATURES lists them.
 """
 
 import math
 import os
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +18,20 @@ from torch import nn
 from ddp.data.dataset import digest, permutation, to_float
 from ddp.io.checkpoint import read_archive
 from ddp.io.files import atomic_write
+from ddp.metrics.uncertainty import Estimate
 
-VERSION = 1  # raise when classifier training changes: scores compare only within a version
+VERSION = 2  # raise when classifier training changes: scores compare only within a version
 WIDTH = 64  # features of the classifier
 EPOCHS = 40  # of its training, or 1500 steps, if these are fewer
 BATCH_SIZE = 128
+LEAST_ACCURACY = 0.85  # of a classifier whose features mean something
+PART = 500  # items that become floats at a time
+FILTERS = 32  # random filters of each layer
+
+
+def by_parts(function, items):
+    """function(items) of a part at a time: floats of all items would be many times their bytes."""
+    return torch.cat([function(part) for part in items.split(PART)])
 
 
 def pixel_features(items):
@@ -30,7 +39,40 @@ def pixel_features(items):
     if items.ndim == 2:
         return items.double()
     size = [min(16, side) for side in items.shape[-2:]]  # so that items outnumber features
-    return F.adaptive_avg_pool2d(items.float() / 255, size).flatten(1).double()
+
+    def pooled(part):
+        return F.adaptive_avg_pool2d(part.float() / 255, size).flatten(1).double()
+
+    return by_parts(pooled, items)
+
+
+@torch.no_grad()
+def filter_features(items, layers=3):
+    """Responses of images (N, C, H, W) to fixed random filters: texture, edges and colors, (N, D).
+
+    A layer is FILTERS random 3x3 filters of mean 0, the magnitude, and an average over 2x2 pixels
+    (Mallat 2012's scattering, with random filters); of each the mean over the image. Before them
+    each channel's mean in four quarters, and its standard deviation. Nothing is learned, so it
+    holds for a few hundred images of any kind."""
+    generator = torch.Generator().manual_seed(0)  # the same filters in every evaluation
+    filters = []
+    channels = items.shape[1]
+    for _ in range(layers):
+        weight = torch.randn(FILTERS, channels, 3, 3, generator=generator)
+        weight -= weight.mean(dim=(2, 3), keepdim=True)  # blind to a constant
+        filters.append(weight / weight.flatten(1).norm(dim=1)[:, None, None, None])
+        channels = FILTERS
+
+    def responses(part):
+        x = to_float(part)
+        means = [F.adaptive_avg_pool2d(x, 2).flatten(1), x.std(dim=(2, 3))]
+        for weight in filters:
+            x = F.conv2d(x, weight, padding=1).abs()
+            means.append(x.mean(dim=(2, 3)))  # (n, FILTERS)
+            x = F.avg_pool2d(x, 2, ceil_mode=True)
+        return torch.cat(means, dim=1).double()
+
+    return by_parts(responses, items)
 
 
 class Classifier(nn.Module):
@@ -49,7 +91,7 @@ class Classifier(nn.Module):
             side //= 2
         self.body = nn.Sequential(*layers)
         self.out = nn.Linear(WIDTH, n_outputs)  # logits
-        self.register_buffer("accuracy", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("accuracy", torch.zeros(()))  # float32: MPS has no float64
 
     def forward(self, x):
         return self.out(self.body(x).mean(dim=(2, 3)))
@@ -58,12 +100,12 @@ class Classifier(nn.Module):
     def features_and_probs(self, items):
         """Features (N, WIDTH) and class probabilities (N, n_outputs), float64 on the CPU."""
         parts = []
-        for part in items.split(500):  # uint8 (n, C, H, W)
+        for part in items.split(PART):  # uint8 (n, C, H, W)
             x = self.body(to_float(part).to(self.out.weight.device))  # (n, WIDTH, h, w)
             parts.append(x.mean(dim=(2, 3)))
         features = torch.cat(parts)  # (N, WIDTH)
         probs = self.out(features).softmax(dim=1)  # (N, n_outputs)
-        return features.double().cpu(), probs.double().cpu()
+        return features.cpu().double(), probs.cpu().double()
 
     def features(self, items):
         return self.features_and_probs(items)[0]
@@ -107,6 +149,7 @@ def train_classifier(dataset, progress, device="cpu"):
     count = len(dataset.train)
     indices = permutation(0, 0, count)[count // 2 :]  # the baseline takes them from the front
     labels = None if dataset.train_labels is None else dataset.train_labels[indices]
+    whole = dataset
     dataset = replace(dataset, train=dataset.train[indices], train_labels=labels)
     n_outputs = count_outputs(dataset)
     rotations = n_outputs if labels is None else 1  # inputs made of each item
@@ -124,32 +167,56 @@ def train_classifier(dataset, progress, device="cpu"):
         optimizer.step()
         scheduler.step()
     classifier.eval().requires_grad_(False)
-    items, target = rotation_task(dataset.test, dataset.test_labels)
+    items, target = rotation_task(*heldout_items(whole))
     predicted = classifier.class_probs(items).argmax(dim=1)  # (M,)
     classifier.accuracy.fill_((predicted == target).double().mean())
     return classifier
+
+
+def heldout_items(dataset):
+    """(items, labels) on which a classifier is tested: the test split or, where that has no labels
+    and the training split has some, the half of that which the classifier does not see."""
+    if dataset.train_labels is None or dataset.test_labels is not None:
+        return dataset.test, dataset.test_labels
+    count = len(dataset.train)
+    indices = permutation(0, 0, count)[: count // 2]
+    return dataset.train[indices], dataset.train_labels[indices]
 
 
 def load_or_train_classifier(dataset, progress, device="cpu"):
     """(the dataset's classifier, its cache file): trained when there is none.
 
     progress wraps an iterable, as tqdm does. The file is None where it cannot be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # there is no home: nothing is kept
+        return train_classifier(dataset, progress, device), None
     path = cache / "ddp" / f"classifier-{dataset.fingerprint}-{VERSION}.pth"
+    with torch.device("meta"):  # its shapes, without its random numbers
+        classifier = Classifier(dataset.event, count_outputs(dataset))
     try:
         state = read_archive(path)  # checks every CRC, reads tensors and plain types only
-        classifier = Classifier(dataset.event, count_outputs(dataset)).to(device)
-        classifier.load_state_dict(state)
-        if all(tensor.isfinite().all() for tensor in state.values()):
-            return classifier.eval().requires_grad_(False), path
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError):
-        pass  # there is none, or it is damaged or another one
-    classifier = train_classifier(dataset, progress, device)
+        classifier.load_state_dict(check_weights(state, classifier.state_dict()), assign=True)
+        return classifier.to(device).eval().requires_grad_(False), path
+    except Exception:  # there is none, or whatever damage may be: no file is worth a failure
+        classifier = train_classifier(dataset, progress, device)
     try:
         atomic_write(path, lambda temporary: torch.save(classifier.state_dict(), temporary))
-    except OSError:
+    except (OSError, RuntimeError):  # torch's zip writer raises the latter on a full disk
         path = None  # it is trained again next time
     return classifier, path
+
+
+def check_weights(state, expected):
+    """Return `state`, name -> tensor. ValueError unless it is like `expected`, and finite."""
+    fits = isinstance(state, dict) and state.keys() == expected.keys()
+    for name, wanted in expected.items():
+        weight = state[name] if fits else None
+        same_type = isinstance(weight, torch.Tensor) and weight.dtype == wanted.dtype
+        fits = same_type and weight.shape == wanted.shape and bool(weight.isfinite().all())
+        if not fits:
+            raise ValueError(f"{name} is not a weight of this classifier")
+    return state
 
 
 def inception(weights=None, device="cpu"):
@@ -162,7 +229,7 @@ def inception(weights=None, device="cpu"):
         if weights:  # torch-fidelity unpickles; check the file first
             torch.load(weights, map_location="cpu", weights_only=True)
         network = FeatureExtractorInceptionV3("inception", ["2048"], weights)
-    except (ImportError, OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of the package, of its download, or whatever a bad file raises
         reason = " ".join(str(error).split())[:200]
         raise OSError(
             f"inception_weights={weights} cannot be used ({reason}); pip install torch-fidelity "
@@ -189,22 +256,37 @@ class Extractor:
     features: Callable  # items (N, *event) -> (N, D) float64
     class_probs: Callable | None = None  # items -> (N, classes) float64, where it knows classes
     about: dict = field(default_factory=dict)  # what to report of it, plain types
+    weak: str | None = None  # why its numbers mean little, a line
 
 
 def classifier_space(dataset, progress=iter, device="cpu", **_):
     classifier, path = load_or_train_classifier(dataset, progress, device)
+    count = len(rotation_task(*heldout_items(dataset))[1])
+    right = torch.arange(count) < round(classifier.accuracy.item() * count)  # as many of them
+    accuracy = Estimate.proportion(right)
     about = {
-        "accuracy": classifier.accuracy.item(),
+        "accuracy": accuracy.value,
+        "accuracy_interval": accuracy.interval,
         "fingerprint": classifier.fingerprint,
         "trained_on": "labels" if dataset.classes else "rotations",
         "file": path and str(path),
     }
     class_probs = classifier.class_probs if dataset.classes else None
-    return Extractor(classifier.features, class_probs, about)
+    weak = None
+    if accuracy.interval[0] < LEAST_ACCURACY:
+        weak = (
+            f"the classifier has only {accuracy.value:.0%} of {count:,} held-out items right, so "
+            "what it takes for real may be mush; look at filters"
+        )
+    return Extractor(classifier.features, class_probs, about, weak)
 
 
 def pixel_space(dataset, **_):
     return Extractor(pixel_features)
+
+
+def filter_space(dataset, **_):
+    return Extractor(filter_features)
 
 
 def inception_space(dataset, device="cpu", inception_weights=None, **_):
@@ -222,6 +304,7 @@ class Space:
 
 FEATURES = {
     "classifier": Space(classifier_space, "image"),
+    "filters": Space(filter_space, "image"),
     "pixels": Space(pixel_space, "image"),
     "inception": Space(inception_space, "image", by_default=False),  # its weights are a download
     "points": Space(pixel_space, "point"),

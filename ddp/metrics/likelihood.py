@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ddp.forward import alpha_sigma, q_sample
+from ddp.forward import alpha_sigma, q_sample, to_double
 from ddp.loss import vlb_diffusion, vlb_prior, vlb_reconstruction
 from ddp.metrics.ode import dopri5
 from ddp.rng import normal, uniform
@@ -55,7 +55,8 @@ def vlb(
     x0_hat = noise_and_denoise(model, x0, clean.to(x0), eps, label)
     reconstruction = vlb_reconstruction(x0, x0_hat, clean.to(x0), discrete)  # (B,)
     if not discrete:  # a control variate of mean 0: what eps makes of it for unit-variance data
-        reconstruction -= 0.5 * torch.sigmoid(clean) ** 2 * (eps**2 - 1).flatten(1).sum(dim=1)
+        noise = (eps**2 - 1).flatten(1).sum(dim=1)  # (B,)
+        reconstruction -= 0.5 * torch.sigmoid(clean) ** 2 * to_double(noise)
 
     # 2. PRIOR TERM: KL(q(x_t | x0) || N(0, I)) at the noisiest level
     prior = vlb_prior(x0, noisy.to(x0))  # (B,)
@@ -64,7 +65,7 @@ def vlb(
     diffusion = diffusion_term(model, x0, indices, seed, mc_samples, label, discrete, time, first)
 
     terms = {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction}
-    terms = {name: nats.double().cpu() for name, nats in terms.items()}
+    terms = {name: nats.cpu().double() for name, nats in terms.items()}
     return terms | {"total": sum(terms.values())}  # VLB = -ELBO
 
 
@@ -134,7 +135,7 @@ def ode_nll(
     x, nats = flow_start(model, x0, indices, seed, label, dequantization)
     probes = divergence_probes(x, indices, seed)
     slope = functools.partial(flow_slope, model, label, probes)
-    y = F.pad(x.flatten(1).double(), (0, 1))  # (K * B, D + 1), last the log-density's change
+    y = F.pad(to_double(x.flatten(1)), (0, 1))  # (K * B, D + 1), last the log-density's change
     y = dopri5(slope, y, clean, noisy, tolerance, error_dims=slice(-1))
     log_prior = -0.5 * (y[:, :-1] ** 2 + math.log(2 * math.pi)).sum(dim=1)  # log N(0, I)
     return (nats - (log_prior + y[:, -1]).cpu()).reshape(dequantizations, -1)
@@ -156,7 +157,8 @@ def flow_start(model, x0, indices, seed, label, dequantization):
         x = alpha * x0 + sigma * eps
         x0_hat = denoise(model, x, clean.expand(len(x)), label)
         nats += vlb_reconstruction(x0, x0_hat, clean, discrete=True).cpu()
-        log_q = -0.5 * (eps.double() ** 2 + math.log(2 * math.pi)) - sigma.log()  # log q(x | x0)
+        log_q = -0.5 * (to_double(eps) ** 2 + math.log(2 * math.pi))  # log q(x | x0)
+        log_q -= to_double(sigma.log())
         return x, nats + log_q.flatten(1).sum(dim=1).cpu()
     nats -= dimensions * alpha.log().item()  # x = alpha x0 stretches the density
     if dequantization == "uniform":
@@ -185,16 +187,18 @@ def flow_slope(model, label, probes, y, log_snr, items):
     """dy/dlog_snr (b, D + 1) of the probability-flow ODE, see dopri5: of x, and its divergence.
 
     label (K * B,) and probes (P, K * B, *event) are of all items, y and log_snr of `items`."""
-    label = None if label is None else label[items]
+    at = items.to(probes.device)  # the solver's numbers are on the CPU where MPS has no float64
+    label = None if label is None else label[at]
     with torch.enable_grad():
         x = y[:, :-1].to(probes).reshape(-1, *model.event).requires_grad_()
         x0_hat = denoise(model, x, log_snr.to(probes), label)
         trace = torch.zeros_like(log_snr)  # (b,), of the Jacobian of x0_hat
-        for probe in probes[:, items]:
+        for probe in probes[:, at]:
             (row,) = torch.autograd.grad(x0_hat, x, probe, retain_graph=len(probes) > 1)
-            trace += (row * probe).flatten(1).sum(dim=1)
+            trace += to_double((row * probe).flatten(1).sum(dim=1))
     alpha = torch.sigmoid(log_snr).sqrt()  # (b,)
-    dx = alpha[:, None] / 2 * (x0_hat.detach().flatten(1) - alpha[:, None] * y[:, :-1])
+    x0_hat = to_double(x0_hat.detach().flatten(1))  # where y is
+    dx = alpha[:, None] / 2 * (x0_hat - alpha[:, None] * y[:, :-1])
     divergence = alpha / 2 * (trace - alpha * dx.shape[1])
     return torch.cat([dx, divergence[:, None]], dim=1)
 

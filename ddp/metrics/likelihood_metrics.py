@@ -4,12 +4,55 @@ Each is a function (candidate, reference, options) -> nested dict of Estimates.
 """
 
 import math
+from time import perf_counter
 
 import torch
 
+from ddp.data import to_float
 from ddp.metrics.candidate import iterate_test_set, log_density, nats_per_unit
 from ddp.metrics.likelihood import loss_by_noise_level, ode_nll, vlb
 from ddp.metrics.uncertainty import Estimate
+
+TIMED_ITEMS = 64  # on which a network is timed
+LEVELS = 10  # of the noise, evenly spaced in t, at which the loss is measured
+ODE_CALLS = 80  # slopes that the solver asks for, about; measured of digits
+BACKWARD = 3  # a slope's divergence takes a backward pass, too
+
+
+def seconds_of_a_call(model, items):
+    """Seconds that the network takes for one of the items, about: the best of three calls."""
+    x = to_float(items[:TIMED_ITEMS]).to(model.device)  # (B, *event)
+    level = torch.zeros(len(x), device=model.device)
+    label = torch.zeros(len(x), dtype=torch.long, device=model.device)
+    seconds = []
+    for _ in range(3):  # the first sets the device up
+        started = perf_counter()
+        model.denoise(x, level, label if model.num_classes else None).sum().item()
+        seconds.append(perf_counter() - started)
+    return min(seconds) / len(x)
+
+
+def sampling_calls(candidate):
+    """How often a network evaluates a sample, about."""
+    options = candidate.sampler_options
+    guided = options["cfg_scale"] not in (None, 1)
+    return options["steps"] * (1 + guided) * (1 + (options["sampler"] == "heun"))
+
+
+def loss_calls(options, is_image):
+    """The same of evaluate_loss, of all test items together."""
+    return LEVELS * options.vlb_items
+
+
+def vlb_calls(options, is_image):
+    """The same of evaluate_vlb: two times, and two reconstruction terms in each."""
+    return 2 * (options.vlb_samples + 2) * options.vlb_items
+
+
+def ode_nll_calls(options, is_image):
+    """The same of evaluate_ode_nll."""
+    copies = 2 * options.dequant_samples if is_image else 1
+    return ODE_CALLS * BACKWARD * copies * options.nll_items
 
 
 def evaluate_loss(candidate, reference, options):
@@ -20,7 +63,7 @@ def evaluate_loss(candidate, reference, options):
     batches = []  # for each batch ten rows, of a level each
     items = iterate_test_set(model, reference, options, "loss", options.vlb_items)
     for x0, indices, label in items:
-        batches.append(loss_by_noise_level(model, x0, indices, options.seed, label=label))
+        batches.append(loss_by_noise_level(model, x0, indices, options.seed, LEVELS, label))
     results = {}
     for rows in zip(*batches, strict=True):  # the rows of one level, of a batch each
         log_snr = rows[0]["log_snr"]

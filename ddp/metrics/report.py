@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import re
+import time
 from collections import namedtuple
 from html import escape
 from pathlib import Path
@@ -18,18 +19,23 @@ from ddp.io.figures import (
     loss_by_level,
     metric_ratios,
     neighbors,
+    save_png,
     to_pil,
 )
-from ddp.metrics.evaluate import flatten, known_metrics
+from ddp.io.files import atomic_write
+from ddp.metrics.evaluate import evaluate, flatten, known_metrics
 from ddp.metrics.features import FEATURES
 
 HEADS = {"real_vs_real": "real vs real", "relative_to_real": "relative to real"}
 PAGE = Template(Path(__file__).with_name("report.html").read_text())  # its style is there
+MAX_NAME = 40  # characters of a subject in names of files, which hold 255 bytes
 Table = namedtuple("Table", "title note head rows")  # text; rows: lists as long as head
 
 
 def error_text(cell):
-    """An estimate as value ± standard error, or a number, or nothing."""
+    """An estimate as value ± standard error, or a number, or nothing; text as it is."""
+    if isinstance(cell, str):
+        return cell
     if isinstance(cell, dict):
         error = "" if cell["error"] is None else f" ± {cell['error']:.4f}"
         return f"{cell['value']:.4f}{error}"
@@ -70,11 +76,11 @@ def make_table(title, note, rows, cell_text):
     return Table(title, note, head, lines)
 
 
-def subject_tables(subject, evaluation):
-    """The Tables of one subject, metric by metric."""
+def subject_tables(subject, evaluation, only=None):
+    """The Tables of one subject, metric by metric; only: of the metric of that name."""
     tables = []
     for name, metric in known_metrics().items():
-        if name in subject:
+        if name in subject and only in (None, name):
             parts = [(metric.title or name, metric.note, nested_rows(subject[name]))]
             if metric.tables:
                 parts = metric.tables(subject[name], evaluation)
@@ -105,10 +111,8 @@ def comparison_table(evaluation):
     return make_table("comparison", note, rows, interval_text)
 
 
-def report_lines(evaluation):
-    """Lines for a terminal: all tables of one subject, of several their comparison; warnings."""
-    table = comparison_table(evaluation)
-    tables = [table] if table else subject_tables(evaluation["subjects"][0], evaluation)
+def table_lines(tables):
+    """Tables as lines for a terminal."""
     lines = []
     for table in tables:
         lines += ["", f"{table.title} ({table.note})" if table.note else table.title]
@@ -119,7 +123,45 @@ def report_lines(evaluation):
             for cell, width in zip(row[1:], widths[1:], strict=True):
                 line += "  " + cell.rjust(width)
             lines.append(line.rstrip())
-    return lines + [f"warning: {warning}" for warning in evaluation["warnings"]]
+    return lines
+
+
+def measure_and_report(candidates, reference, metrics, options, folder, command, by_default, tell):
+    """evaluate() -> (what was measured, the error that stopped it or None); see write_report.
+
+    Every figure is told, a function of a line, and written into the folder as it comes, so that a
+    failure or a signal loses none that is finished; when none is, the error passes. command: what
+    to type for it again. by_default: nobody asked for these metrics."""
+    started = time.monotonic()
+    finished = {}  # the evaluation so far
+
+    def keep(evaluation):
+        finished.update(evaluation)
+        finished["recipe"]["command"] = command
+        finished["seconds"] = time.monotonic() - started
+        write_json(folder, finished)
+
+    def report(evaluation, candidate, name):
+        keep(evaluation)
+        (subject,) = [s for s in evaluation["subjects"] if s["name"] == candidate.name]
+        title = f"{candidate.name}: " if len(candidates) > 1 else ""
+        for table in subject_tables(subject, evaluation, name):
+            tell("\n".join(table_lines([table._replace(title=title + table.title)])))
+
+    stopped = None
+    try:
+        what = (candidates, reference, metrics, options)
+        keep(evaluate(*what, by_default, tell=tell, report=report))
+    except BaseException as error:  # a signal, too
+        if not finished:
+            raise
+        stopped = error
+        reason = str(error) or type(error).__name__
+        finished["warnings"].append(f"stopped before all was measured ({reason})")
+    write_report(folder, finished, candidates, reference)
+    lines = table_lines([table] if (table := comparison_table(finished)) else [])
+    tell("\n".join([*lines, *(f"warning: {warning}" for warning in finished["warnings"])]))
+    return finished, stopped
 
 
 def candidate_figures(candidate, reference):
@@ -152,16 +194,30 @@ def candidate_figures(candidate, reference):
     return figures
 
 
-def write_report(folder, evaluation, figures):
-    """Write evaluation.json, evaluation.html and figures, for each subject a dict, as PNG."""
-    (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=1, allow_nan=False))
+def write_json(folder, evaluation):
+    """Write evaluation.json, whole or not at all."""
+    text = json.dumps(evaluation, indent=1, allow_nan=False)
+    atomic_write(folder / "evaluation.json", lambda path: path.write_text(text))
+
+
+def write_report(folder, evaluation, candidates, reference):
+    """Write evaluation.json, evaluation.html and the figures of the candidates as PNG.
+
+    What cannot be drawn becomes a warning: the numbers come first."""
+    figures = []  # of each candidate: caption -> PIL image
+    for candidate in candidates:
+        try:
+            figures.append(candidate_figures(candidate, reference))
+        except Exception as error:
+            figures.append({})
+            evaluation["warnings"].append(f"{candidate.name}: the figures failed: {error}")
+    write_json(folder, evaluation)
     (folder / "evaluation.html").write_text(html_page(evaluation, figures), encoding="utf-8")
-    subjects = evaluation["subjects"]
-    for i, (subject, images) in enumerate(zip(subjects, figures, strict=True), start=1):
-        prefix = f"{i}-{subject['name']}-" if len(subjects) > 1 else ""
+    for i, (candidate, images) in enumerate(zip(candidates, figures, strict=True), start=1):
+        prefix = f"{i}-{candidate.name}-" if len(candidates) > 1 else ""
         for caption, image in images.items():
-            name = re.sub(r"[^\w.-]+", "_", prefix + caption.split(",")[0])
-            image.save(folder / f"{name}.png")
+            name = re.sub(r"[^\w.-]+", "_", prefix[:MAX_NAME] + caption.split(",")[0])
+            save_png(image, folder / f"{name}.png")
 
 
 def html_table(table):
@@ -204,7 +260,7 @@ def html_page(evaluation, figures):
         parts.append(f"<small>{escape('; '.join(about))}</small>")
         shown = [html_figure(caption, image) for caption, image in images.items()]
         parts.append(f'<div class="figures">{"".join(shown)}</div>')
-        for table in reversed(subject_tables(subject, evaluation)):  # samples before likelihoods
+        for table in subject_tables(subject, evaluation):
             parts.append(html_table(table))
     names = ", ".join(subject["name"] for subject in evaluation["subjects"])
     shape = "x".join(str(side) for side in dataset["event"])

@@ -11,11 +11,12 @@ import torch
 
 from ddp.metrics.candidate import fixed_subset
 from ddp.metrics.distances import DISTANCES, find_measure, nearest, one_hot, total_variation
-from ddp.metrics.features import FEATURES, Extractor, pixel_features
-from ddp.metrics.uncertainty import RESAMPLES, Estimate, bootstrap
+from ddp.metrics.features import FEATURES, Extractor, by_parts, pixel_features
+from ddp.metrics.uncertainty import MIN_ITEMS, RESAMPLES, Estimate, bootstrap
 
 MANY_FEATURES = 512  # with more, a distance takes seconds: fewer half-samples
 FEW_RESAMPLES = 10
+CLOSE = 0.05  # of held-out items lie nearer to a training item than what is called near
 CONFIDENT = 0.9  # probability from which a classifier is called sure
 
 
@@ -56,6 +57,8 @@ def feature_metrics(space, candidate, reference, options):
     for items, numbers in ((reference.baseline, real.baseline), (candidate.samples, estimates)):
         if numbers:  # the baseline's, which the first candidate has filled in
             continue
+        if items is reference.baseline and len(items) < MIN_ITEMS:
+            continue  # the other split has next to nothing
         features = real.extractor.features(items)  # (N, D)
         others = real.items[: len(features)]  # as many
         for distance in DISTANCES.values():
@@ -85,10 +88,10 @@ def class_measures(probs, real_probs):
 
 
 def class_results(candidate, reference, probs, real_probs):
-    """`counts`, the items of each class; `label_accuracy` of samples made for the real labels."""
+    """`counts`, the items of each class; `label_accuracy` of samples that were made for labels."""
     results = {}
     if candidate.model is not None and candidate.model.num_classes:
-        correct = probs.argmax(dim=1) == reference.labels  # (N,)
+        correct = probs.argmax(dim=1) == reference.sample_labels  # (N,)
         results["label_accuracy"] = {"samples": Estimate.proportion(correct)}
     counts = {}
     for name, p in (("samples", probs), ("real", real_probs)):  # (N, classes)
@@ -100,9 +103,10 @@ def feature_warnings(space, reference, options):
     """What to know before comparing numbers of a feature space, lines."""
     kind = FEATURES[space].kind
     count = len(reference.items)
-    dimension = real_features(space, reference, options).items.shape[1]
+    real = real_features(space, reference, options)
+    dimension = real.items.shape[1]
     of_train = options.reference == "train"
-    lines = []
+    lines = [real.extractor.weak] if real.extractor.weak else []
     if count < 2 * dimension and kind == "image":  # a half-sample has a singular covariance
         lines.append(
             f"too few samples: {count:,} for {dimension:,} features, so fd is mostly its bias; "
@@ -115,8 +119,10 @@ def feature_warnings(space, reference, options):
             f"real vs real is of {len(reference.baseline):,} items only, all of the other split, "
             "so nothing is relative to it"
         )
-    if space == "classifier" and of_train and count > len(reference.dataset.train) // 2:
-        lines.append("among the real items are some on which the classifier was trained")
+    seen = count if of_train else len(reference.baseline)  # taken from the training split
+    if space == "classifier" and seen > len(reference.dataset.train) // 2:
+        of = "the real items" if of_train else "the items of real vs real"
+        lines.append(f"among {of} are some on which the classifier was trained")
     for name, distance in DISTANCES.items():
         if kind in distance.kinds and count > (distance.max_items or count):
             lines.append(f"{name} is of {distance.max_items:,} items only")
@@ -139,8 +145,11 @@ def feature_tables(space, results, evaluation):
             rows[name] = {"samples": counts["samples"][i], "real": counts["real"][i]}
         tables.append((f"classes by the {space}", "items of each", rows))
     rows = {}
+    same_number = recipe["baseline_items"] == recipe["num_samples"]
     for name, cells in results.items():
         if name != "counts":
+            if cells.get("real_vs_real") and cells["relative_to_real"] is None and same_number:
+                cells = cells | {"relative_to_real": "real vs real is 0 within its error"}
             arrow = "↑" if find_measure(name).higher_is_better else "↓"
             rows[f"{name} {arrow}"] = cells
     note = (
@@ -157,7 +166,9 @@ def feature_tables(space, results, evaluation):
 
 
 def distance_ratio(samples, reference):
-    """One number for benchmarks: FD of pixels, or 2-Wasserstein of points, over real vs real."""
+    """One number for benchmarks: FD of pixels, or 2-Wasserstein of points, over real vs real.
+
+    It is 1 for a perfect model, but for chance; it has no error, so take several seeds."""
     distance = DISTANCES["fd" if samples.ndim == 4 else "wasserstein2"].function
     samples, real, baseline = map(pixel_features, (samples, reference.items, reference.baseline))
     return distance(samples, real) / distance(baseline, real[: len(baseline)])
@@ -173,14 +184,12 @@ def evaluate_memorization(candidate, reference, options):
     heldout, _ = fixed_subset(reference.dataset.test, None, len(reference.items))
     sample_distances, index = rms_to_nearest(candidate.samples, train)  # (N,), (N,)
     heldout_distances, _ = rms_to_nearest(heldout, train)  # (N,)
-    heldout_median = heldout_distances.median().item()
     results = {}
-    if heldout_median:  # 0 where most held-out items have a copy among the training items
-        results |= bootstrap(nn_distance_ratio, sample_distances, heldout_distances)
-    near = sample_distances < heldout_distances.quantile(0.05)  # (N,)
-    results["near_duplicates"] = Estimate.proportion(near)
+    if min(len(sample_distances), len(heldout)) >= MIN_ITEMS:
+        results |= bootstrap(neighbor_measures, sample_distances, heldout_distances)
     results["copies"] = int((sample_distances == 0).sum())
     sample_median = sample_distances.median().item()
+    heldout_median = heldout_distances.median().item()
     results["median_distance"] = {"samples": sample_median, "heldout": heldout_median}
     results["closest"] = []
     for i in sample_distances.argsort()[:16].tolist():  # as many pairs as a figure shows
@@ -191,12 +200,21 @@ def evaluate_memorization(candidate, reference, options):
 
 def rms_to_nearest(items, train):
     """Root mean square distance (N,) of items to their nearest in train, and that one's index."""
-    scale = math.sqrt(math.prod(train.shape[1:]))
-    return nearest(items.flatten(1).float() / scale, train.flatten(1).float() / scale)
+    distance, index = nearest(items, train)
+    return distance / math.sqrt(math.prod(train.shape[1:])), index
 
 
-def nn_distance_ratio(a, b):
-    return {"nn_distance_ratio": (a.median() / b.median()).item()}
+def neighbor_measures(sample_distances, heldout_distances):
+    """Numbers of the distances (N,) and (M,) to the nearest training item.
+
+    Of both sets at once: the threshold of near_duplicates is itself an estimate, whose error is
+    as large as that of the fraction below it."""
+    close = heldout_distances.quantile(CLOSE)
+    measures = {"near_duplicates": (sample_distances < close).double().mean().item()}
+    median = heldout_distances.median()
+    if median:  # 0 where most held-out items have a copy among the training items
+        measures["nn_distance_ratio"] = (sample_distances.median() / median).item()
+    return measures
 
 
 def memorization_tables(results, evaluation):
@@ -205,7 +223,7 @@ def memorization_tables(results, evaluation):
         "median distance to the nearest training item": results["median_distance"]["samples"],
         "the same of held-out items": results["median_distance"]["heldout"],
         "nn_distance_ratio (0: copies, 1: new items)": results.get("nn_distance_ratio"),
-        "near_duplicates (0.05: new items)": results["near_duplicates"],
+        "near_duplicates (0.05: new items)": results.get("near_duplicates"),
         "exact copies": results["copies"],
     }
     rows = {name: {"": cell} for name, cell in rows.items()}
@@ -226,16 +244,20 @@ def evaluate_pixel_stats(candidate, reference, options):
 
 def channel_stats(items):
     """channel -> {"mean", "sd"} of items (N, C, ...), and "saturated" of pixels, as Estimates."""
+    items = items.reshape(*items.shape[:2], -1)  # (N, C, H * W)
+    first = by_parts(lambda part: part.double().mean(dim=2), items)  # moments of each item, (N, C)
+    second = by_parts(lambda part: part.double().square().mean(dim=2), items)
     stats = {}
-    channels = items.double().reshape(*items.shape[:2], -1).unbind(dim=1)  # C of (N, H * W)
-    for c, x in enumerate(channels):  # (N, H * W)
-        first = x.mean(dim=1)  # moments of each item, (N,)
-        second = x.square().mean(dim=1)
-        sd = math.sqrt(max(0.0, second.mean().item() - first.mean().item() ** 2))
+    for c, (x, x2) in enumerate(zip(first.unbind(dim=1), second.unbind(dim=1), strict=True)):
+        sd = math.sqrt(max(0.0, x2.mean().item() - x.mean().item() ** 2))
         # each item's influence on the sd, by the delta method
-        influence = (second - 2 * first.mean() * first) / (2 * sd or 1) / math.sqrt(len(first))
-        stats[f"channel {c}"] = {"mean": Estimate.mean(first), "sd": Estimate(sd, influence)}
-    if items.ndim == 4:
-        saturated = ((items == 0) | (items == 255)).flatten(1).double().mean(dim=1)  # (N,)
+        influence = (x2 - 2 * x.mean() * x) / (2 * sd or 1) / math.sqrt(len(x))
+        stats[f"channel {c}"] = {"mean": Estimate.mean(x), "sd": Estimate(sd, influence)}
+    if items.dtype == torch.uint8:
+
+        def share_of_ends(part):
+            return ((part == 0) | (part == 255)).double().mean(dim=(1, 2))
+
+        saturated = by_parts(share_of_ends, items)  # (N,)
         stats["saturated"] = {"fraction": Estimate.mean(saturated, bounds=(0, 1))}
     return stats

@@ -9,6 +9,7 @@ import torch
 from ddp.metrics.distances import find_measure
 
 RESAMPLES = 50  # half-samples of a bootstrap
+MIN_ITEMS = 4  # of a set, whose halves then have a spread
 NORMAL_95 = 1.96  # standard errors on either side that hold 95% of a normal distribution
 
 
@@ -27,8 +28,8 @@ class Estimate:
     def __post_init__(self):
         if not math.isfinite(self.value):
             raise FloatingPointError(
-                f"a measured value came out as {self.value}: the weights or the samples are out "
-                "of range; use an earlier checkpoint"
+                f"a measured value came out as {self.value}: there are too few items for it, or "
+                "the weights or the samples are out of range; use an earlier checkpoint"
             )
 
     @classmethod
@@ -73,10 +74,8 @@ class Estimate:
     def divide_by(self, baseline):
         """The ratio to a baseline, with the error of the delta method.
 
-        None when the baseline is not above 0 or, of a measure that can be negative, not by more
-        than its error."""
-        least = NORMAL_95 * baseline.error if baseline.bounds[0] < 0 else 0
-        if baseline.value <= 0 or baseline.value < least:
+        None when the baseline is not above 0 by more than its error: nothing divides by chance."""
+        if not baseline.value > NORMAL_95 * baseline.error:  # an error may be nan
             return None
         ratio = self.value / baseline.value
         replicates = (self.replicates - ratio * baseline.replicates) / baseline.value
@@ -98,9 +97,14 @@ def bootstrap(function, a, b, seed=0, resamples=RESAMPLES, max_items=None):
     neighbors and covariances take for likeness. Where a distance is 0 within its error, the error
     is too large rather than too small. An `fd` gets a companion `fd_inf`, of infinitely many items:
     its bias falls as 1 / n, so the line through n and n / 2 leads there (FID_inf; Chong & Forsyth
-    2020, section 3)."""
+    2020, section 3). Raises ValueError for fewer than MIN_ITEMS of either."""
     a = a[:max_items]
     b = b[:max_items]
+    if min(len(a), len(b)) < MIN_ITEMS:
+        raise ValueError(
+            f"{len(a)} samples and {len(b)} real items are too few for a distance between them; "
+            f"at least {MIN_ITEMS} of each are needed"
+        )
     values = dict(function(a, b))
     halves_a = half_samples(len(a), [seed, 0], resamples)  # (R, N // 2)
     halves_b = half_samples(len(b), [seed, 1], resamples)  # (R, M // 2)

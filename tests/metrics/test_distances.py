@@ -8,6 +8,7 @@ import prdc as published_prdc
 import pytest
 import scipy.linalg
 import torch
+from live_memory import LiveMemory
 from torchmetrics.image import fid, kid
 
 from ddp.metrics import distances
@@ -163,7 +164,40 @@ def test_nearest_measures_copies_as_zero():
     values, index = nearest(train[:40] + 0.01, train)
     assert index.tolist() == list(range(40))
     expected = torch.full((40,), 0.01 * math.sqrt(60))
-    torch.testing.assert_close(values, expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(values.float(), expected, rtol=1e-3, atol=0)
+
+
+def test_nearest_finds_every_copy_among_near_copies():
+    """One gray value of one pixel apart: less than the rounding of the expanded square."""
+    generator = torch.Generator().manual_seed(0)
+    items = torch.randint(200, 255, (400, 1, 28, 28), generator=generator).byte()
+    others = items.clone()
+    others[:, 0, 14, 14] += 1
+    values, index = nearest(items, torch.cat([others, items]))
+    assert values.tolist() == [0] * 400
+    assert index.tolist() == list(range(400, 800))
+
+
+@pytest.mark.parametrize("function", [distances.kid, mmd2_rbf, prdc, sliced_wasserstein])
+def test_distances_hold_blocks_instead_of_all_pairs(function, monkeypatch):
+    a = normal(1500, 16, 0)
+    b = normal(1500, 16, 1)
+    expected = function(a, b)
+    monkeypatch.setattr(distances, "BLOCK", 1 << 16)
+    with LiveMemory() as memory:
+        values = function(a, b)
+    assert values == pytest.approx(expected, rel=1e-9)
+    few_pairs = 8 * 1500**2 / 2
+    assert memory.peak < (few_pairs if function is not mmd2_rbf else 2 * few_pairs)  # its median
+
+
+def test_nearest_takes_less_memory_than_the_data(monkeypatch):
+    items = torch.randint(0, 255, (4000, 3, 16, 16), generator=torch.Generator().manual_seed(0))
+    items = items.byte()
+    monkeypatch.setattr(distances, "BLOCK", 1 << 16)
+    with LiveMemory() as memory:
+        nearest(items[:1000], items)
+    assert memory.peak < items.nbytes
 
 
 def test_nearest_does_not_depend_on_the_block(monkeypatch):

@@ -7,19 +7,26 @@ import math
 import pytest
 import torch
 from conftest import ROOT
+from live_memory import LiveMemory
 from oracles import Gaussian, OracleModel
 
 from ddp.data import load_dataset
-from ddp.data.dataset import Dataset
+from ddp.data.dataset import Dataset, permutation
 from ddp.metrics.candidate import (
     Candidate,
     EvaluateOptions,
     Reference,
     checkpoint_candidate,
-    distinct_names,
+    fixed_subset,
     generate_samples,
 )
-from ddp.metrics.distances import find_measure
+from ddp.metrics.distances import (
+    BLOCK,
+    find_measure,
+    frechet_distance,
+    one_hot,
+    total_variation,
+)
 from ddp.metrics.evaluate import (
     METRICS,
     OLD_METRICS,
@@ -29,9 +36,9 @@ from ddp.metrics.evaluate import (
     parse_metrics,
     to_json,
 )
-from ddp.metrics.features import FEATURES, Extractor, Space
+from ddp.metrics.features import FEATURES, Extractor, Space, pixel_features
 from ddp.metrics.likelihood_metrics import evaluate_ode_nll, evaluate_vlb
-from ddp.metrics.report import report_lines
+from ddp.metrics.report import subject_tables, table_lines
 from ddp.metrics.sample_metrics import (
     RealFeatures,
     distance_ratio,
@@ -39,8 +46,9 @@ from ddp.metrics.sample_metrics import (
     evaluate_pixel_stats,
     feature_metrics,
     feature_warnings,
+    neighbor_measures,
 )
-from ddp.metrics.uncertainty import Estimate
+from ddp.metrics.uncertainty import Estimate, bootstrap
 from ddp.schedule import Schedule
 
 OPTIONS = EvaluateOptions(num_samples=300)
@@ -116,12 +124,6 @@ def test_options_refuse(wrong):
         EvaluateOptions(**wrong)
 
 
-def test_names_are_distinct(tmp_path):
-    assert distinct_names(["a/x.pth", "b/y.npz"]) == ["x", "y"]
-    assert distinct_names(["a/x.pth", "b/x.pth"]) == ["a", "b"]
-    assert distinct_names(["a/x.pth", "a/x.npz"]) == ["a/x.pth", "a/x.npz"]
-
-
 # ---- metrics of samples ----
 
 
@@ -164,11 +166,16 @@ def test_class_metrics_of_samples_of_one_class(digits, reference):
     assert "label_accuracy" not in results
 
 
-def test_label_accuracy_is_of_class_conditional_models(reference):
-    real = candidate_of(reference.items, num_classes=10)
+def items_of(dataset, labels):
+    """Training items of the labels, as a perfect class-conditional model would draw them."""
+    by_class = [torch.where(dataset.train_labels == k)[0].tolist() for k in range(10)]
+    return dataset.train[[by_class[k].pop() for k in labels.tolist()]]
+
+
+def test_label_accuracy_is_of_class_conditional_models(digits, reference):
+    real = candidate_of(items_of(digits, reference.sample_labels), num_classes=10)
     results = feature_metrics("classifier", real, reference, OPTIONS)
     assert results["label_accuracy"]["samples"].value > 0.95
-    assert results["class_tv"]["samples"].value == 0
     random = torch.randint(256, (300, 1, 8, 8)).byte()
     noise = feature_metrics("classifier", candidate_of(random, 10), reference, OPTIONS)
     assert noise["label_accuracy"]["samples"].value < 0.3
@@ -178,6 +185,113 @@ def test_label_accuracy_is_of_class_conditional_models(reference):
 def test_distance_ratio_of_real_items_is_one(digits, reference):
     assert distance_ratio(reference.baseline, reference) == pytest.approx(1)
     assert distance_ratio(noisy(reference.baseline, 40), reference) > 1.5
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_items_in_the_place_of_conditional_samples_are_as_good_as_the_floor(seed):
+    """A perfect class-conditional model scores 1, of one seed within chance, and not less.
+
+    Classes are far apart, so that their counts are most of the distance."""
+    generator = torch.Generator().manual_seed(seed)
+    centers = torch.randint(40, 215, (10, 1, 4, 4), generator=generator)
+    labels = torch.randint(10, (24_000,), generator=generator)
+    noise = 10 * torch.randn(24_000, 1, 4, 4, generator=generator)
+    items = (centers[labels] + noise).round().clamp(0, 255).byte()
+    ratios = {"fd": [], "class_tv": []}
+    for part in torch.arange(24_000).split(3000):  # 8 datasets
+        train, test = part[:1500], part[1500:]
+        data = Dataset(
+            "x", items[train], items[test], labels[train], labels[test], list("abcdefghij")
+        )
+        reference = Reference(data, EvaluateOptions(num_samples=500))
+        samples = items_of(data, reference.sample_labels)
+        floor_labels = fixed_subset(data.train, data.train_labels, 500)[1]
+        real = pixel_features(reference.items)
+        floor = frechet_distance(pixel_features(reference.baseline), real)
+        ratios["fd"].append((frechet_distance(pixel_features(samples), real), floor))
+        tv = [one_hot(torch.eye(10)[k]) for k in (reference.sample_labels, floor_labels)]
+        real = one_hot(torch.eye(10)[reference.labels])
+        ratios["class_tv"].append([total_variation(counts, real) for counts in tv])
+    for name, pairs in ratios.items():
+        ours, floor = torch.tensor(pairs).mean(dim=0)
+        assert 0.75 < ours / floor < 1.33, (name, ours / floor)
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_labels_of_samples_are_new_ones(digits, split):
+    """Neither those of the real items nor those of the floor, but as random."""
+    reference = Reference(digits, EvaluateOptions(num_samples=300, reference=split))
+    labels = reference.sample_labels
+    assert len(labels) == 300
+    assert not torch.equal(labels, reference.labels)
+    assert not torch.equal(labels.bincount(), reference.labels.bincount())
+    assert not torch.equal(labels, fixed_subset(digits.train, digits.train_labels, 300)[1])
+    many = Reference(digits, EvaluateOptions(num_samples=1437, reference="train"))
+    assert len(many.sample_labels) == 1437  # more than the 360 test items
+    unlabeled = dataclasses.replace(digits, test_labels=None)
+    assert len(Reference(unlabeled, EvaluateOptions(num_samples=50)).sample_labels) == 50
+
+
+def test_conditional_and_unconditional_models_are_compared_without_bias(digits):
+    """Real items, once in the place of each: which is better is chance."""
+    reference = Reference(digits, EvaluateOptions(num_samples=360))
+    conditional = items_of(digits, reference.sample_labels)
+    order = permutation(7, 0, len(digits.train))
+    real = digits.test_labels.bincount()
+    ours = [reference.sample_labels.bincount(), digits.train_labels[order[:360]].bincount()]
+    distances = [(counts - real).abs().sum().item() for counts in ours]
+    assert 0.3 < distances[0] / distances[1] < 3
+    assert len(conditional) == 360
+
+
+def test_floor_of_zero_gives_no_ratio(digits):
+    """The classifier's Frechet distance of digits is 0 within its error."""
+    reference = Reference(digits, OPTIONS)
+    results = feature_metrics("classifier", candidate_of(reference.baseline), reference, OPTIONS)
+    for name in ("fd", "kid", "fd_inf"):
+        assert results[name]["real_vs_real"].interval[0] <= 0.01
+        assert results[name]["relative_to_real"] is None, name
+    assert results["precision"]["relative_to_real"].value == pytest.approx(1)
+
+
+def test_other_split_of_two_items_gives_no_floor(digits):
+    few = dataclasses.replace(digits, test=digits.test[:2], test_labels=digits.test_labels[:2])
+    reference = Reference(few, EvaluateOptions(num_samples=60, reference="train"))
+    row = feature_metrics("pixels", candidate_of(digits.test[:60]), reference, OPTIONS)["fd"]
+    assert row["real_vs_real"] is row["relative_to_real"] is None
+    assert row["samples"].value > 0
+
+
+def test_memorization_of_new_items_has_its_own_error():
+    """That of 100 repetitions: the threshold is estimated, too, and makes it larger by sqrt 2."""
+    estimates = []
+    for seed in range(100):
+        generator = torch.Generator().manual_seed(seed)
+        samples, heldout = torch.rand(2, 400, generator=generator, dtype=torch.float64) + 1
+        estimates.append(bootstrap(neighbor_measures, samples, heldout)["near_duplicates"])
+    spread = torch.tensor([estimate.value for estimate in estimates]).std()
+    error = torch.tensor([estimate.error for estimate in estimates]).mean()
+    assert 0.85 < error / spread < 1.25  # that of a proportion alone is 0.7 of it
+    covered = [low <= 0.05 <= high for low, high in (each.interval for each in estimates)]
+    assert sum(covered) > 90
+
+
+def test_memorization_of_three_items_is_of_three_items(digits):
+    reference = Reference(digits, EvaluateOptions(num_samples=3))
+    results = evaluate_memorization(candidate_of(digits.train[:3]), reference, OPTIONS)
+    assert results["copies"] == 3
+    assert "near_duplicates" not in results
+
+
+def test_memorization_and_pixel_stats_hold_little_more_than_the_data():
+    items = torch.randint(256, (3000, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    reference = Reference(Dataset("x", items, items[:500]), EvaluateOptions(num_samples=500))
+    candidate = candidate_of(items[:500])
+    for metric in (evaluate_memorization, evaluate_pixel_stats):
+        with LiveMemory() as memory:
+            metric(candidate, reference, OPTIONS)
+        blocks = 4 * 8 * BLOCK  # of distances, at most
+        assert memory.peak < 3 * items.nbytes + blocks
 
 
 def test_memorization_finds_copies(digits, reference):
@@ -287,13 +401,13 @@ def test_parse_metrics_by_what_there_is():
     assert "inception" not in by_default
     assert "classifier" not in parse_metrics(None, is_image=False, has_model=True)
     of_samples = parse_metrics(None, is_image=True, has_model=False)
-    assert of_samples == ["classifier", "pixels", "memorization", "pixel_stats"]
-    assert parse_metrics("classifier, ode_nll,vlb", True, True) == ["vlb", "ode_nll", "classifier"]
+    assert of_samples == ["classifier", "filters", "pixels", "memorization", "pixel_stats"]
+    assert parse_metrics("ode_nll, classifier,vlb", True, True) == ["classifier", "vlb", "ode_nll"]
 
 
 def test_parse_metrics_takes_old_names():
     of_images = "bound,exact,judge,memorisation,calibration"
-    names = ["vlb", "ode_nll", "classifier", "memorization", "pixel_stats"]
+    names = ["classifier", "memorization", "pixel_stats", "vlb", "ode_nll"]
     assert parse_metrics(of_images, is_image=True, has_model=True) == names
     assert parse_metrics("plane", is_image=False, has_model=False) == ["points"]
     assert set(OLD_METRICS.values()) <= set(METRICS)
@@ -320,11 +434,11 @@ def brightness(candidate, reference, options):
     return {"samples": value, "half": {"of it": value.value / 2}}
 
 
-def evaluated(candidates, dataset, text, **options):
-    """The evaluation of the metrics in `text`, as JSON."""
+def evaluated(candidates, dataset, text, how=None, **options):
+    """The evaluation of the metrics in `text`, as JSON; how: further arguments of evaluate."""
     options = EvaluateOptions(**options).resolve(dataset, candidates)
-    metrics = parse_metrics(text, dataset.is_image, False)
-    return evaluate(candidates, Reference(dataset, options), metrics, options)
+    metrics = parse_metrics(text, dataset.is_image, candidates[0].model is not None)
+    return evaluate(candidates, Reference(dataset, options), metrics, options, **(how or {}))
 
 
 def test_a_new_metric_is_one_function_and_one_entry(digits, monkeypatch):
@@ -339,7 +453,8 @@ def test_a_new_metric_is_one_function_and_one_entry(digits, monkeypatch):
     assert row["difference"]["value"] < 0
     evaluation["subjects"].pop()
     evaluation["comparison"] = []
-    text = "\n".join(report_lines(evaluation))
+    (subject,) = evaluation["subjects"]
+    text = "\n".join(table_lines(subject_tables(subject, evaluation)))
     assert f"{value:.4f}" in text
     assert f"{value / 2:.4g}" in text
     assert "brightness" in parse_metrics(None, is_image=False, has_model=False)
@@ -353,14 +468,15 @@ def test_a_new_feature_space_is_a_metric(digits, monkeypatch):
     evaluation = evaluated([candidate_of(digits.train[:40])], digits, "mean")
     (subject,) = evaluation["subjects"]
     assert {"fd", "kid", "precision", "sliced_wasserstein"} < set(subject["mean"])
-    assert "feature space: mean" in "\n".join(report_lines(evaluation))
+    text = "\n".join(table_lines(subject_tables(subject, evaluation)))
+    assert "feature space: mean" in text
 
 
 def test_a_metric_with_too_few_items_is_left_out_and_said(digits):
     candidate = candidate_of(digits.train[:19])
     evaluation = evaluated([candidate], digits, "pixels,pixel_stats")
     assert set(candidate.results) == {"pixel_stats"}
-    assert "pixels: not measured" in evaluation["warnings"][0]
+    assert "pixels: not measured, 19 samples" in evaluation["warnings"][0]
 
 
 def test_given_samples_are_taken_from_everywhere(digits):
@@ -377,6 +493,74 @@ def test_data_of_another_training_is_said(digits):
     assert "not the data that the model was trained on" in evaluation["warnings"][0]
 
 
+def test_metrics_that_need_labels_are_left_out_where_there_are_none(digits):
+    unlabeled = dataclasses.replace(digits, test_labels=None)
+    conditional = candidate_of(digits.train[:40], num_classes=10)
+    conditional.sampler_options = {}
+    evaluation = evaluated([conditional], unlabeled, "pixel_stats,loss,vlb")
+    (subject,) = evaluation["subjects"]
+    assert set(subject) == {"name", "about", "pixel_stats"}
+    assert "test items have no labels" in " ".join(evaluation["warnings"])
+
+
+@pytest.mark.parametrize(("val", "is_said"), [(None, True), (True, False)])
+def test_best_that_was_chosen_on_the_test_items_is_said(digits, val, is_said):
+    data = dataclasses.replace(digits, val=val and digits.test)
+    best = candidate_of(digits.train[:20])
+    best.about["checkpoint"] = "/runs/digits/best.pth"
+    evaluation = evaluated([best], data, "pixel_stats")
+    assert ("chosen on the test items" in " ".join(evaluation["warnings"])) == is_said
+    assert evaluation["dataset"]["best_chosen_on"] == ("test" if is_said else "val")
+
+
+def test_a_weak_space_is_measured_only_when_it_is_asked_for(digits, monkeypatch):
+    def weak_space(dataset, **options):
+        return Extractor(pixel_features, weak="it knows nothing")
+
+    monkeypatch.setitem(FEATURES, "classifier", Space(weak_space, "image"))
+    how = {"by_default": True}
+    evaluation = evaluated([candidate_of(digits.train[:40])], digits, None, how)
+    assert "classifier" not in evaluation["subjects"][0]
+    assert "filters" in evaluation["subjects"][0]
+    said = "classifier: it knows nothing; it is not measured unless asked for: metrics=classifier"
+    assert said in evaluation["warnings"]
+    evaluation = evaluated([candidate_of(digits.train[:40])], digits, "classifier")
+    assert "classifier" in evaluation["subjects"][0]
+    assert "classifier: it knows nothing" in evaluation["warnings"]
+
+
+def test_time_is_told_first_and_what_is_long_left_out(monkeypatch):
+    told = []
+    points = Gaussian().sample(60)
+    candidate = Candidate("c", {}, model=OracleModel(Gaussian(), Schedule(timesteps=0)))
+    candidate.samples = points[:30]
+    data = Dataset("x", points[:30], points[30:])
+    numbers = {"vlb_items": 30, "nll_items": 20, "vlb_samples": 2}
+    monkeypatch.setattr("ddp.metrics.evaluate.seconds_of_a_call", lambda *_: 0.1)
+    how = {"by_default": True, "tell": told.append}
+    evaluation = evaluated([candidate], data, None, how, **numbers)
+    assert told == ["the network takes about 54 s: loss 30 s, vlb 24 s"]
+    assert "ode_nll" not in evaluation["subjects"][0]
+    expected = "ode_nll: left out, it takes about 8 min; to ask for it: metrics=ode_nll"
+    assert expected in evaluation["warnings"]
+    evaluation = evaluated([candidate], data, "ode_nll", **numbers)
+    assert "ode_nll" in evaluation["subjects"][0]
+
+
+def test_every_figure_is_reported_as_it_comes(digits):
+    seen = []
+
+    def report(evaluation, candidate, name):
+        seen.append((candidate.name, name))
+        assert name in next(s for s in evaluation["subjects"] if s["name"] == candidate.name)
+
+    candidates = [candidate_of(digits.train[:40]), candidate_of(digits.train[40:80])]
+    candidates[1].name = "d"
+    evaluated(candidates, digits, "pixels,pixel_stats", {"report": report})
+    metrics = ("pixels", "pixel_stats")
+    assert seen == [(name, metric) for name in "cd" for metric in metrics]
+
+
 def feature_warnings_of(space, count, dimension, split="test"):
     items = torch.zeros(count, 2)
     options = EvaluateOptions(num_samples=count, reference=split)
@@ -388,7 +572,10 @@ def feature_warnings_of(space, count, dimension, split="test"):
 def test_feature_warnings_say_when_there_are_too_few():
     assert "bias" in feature_warnings_of("classifier", 100, 64)
     assert "too few" in feature_warnings_of("classifier", 900, 64)
-    assert feature_warnings_of("classifier", 5000, 64) == ""
+    of_floor = feature_warnings_of("classifier", 5000, 64)  # as many as there are
+    assert of_floor == (
+        "classifier: among the items of real vs real are some on which the classifier was trained"
+    )
     assert "50,000" in feature_warnings_of("inception", 5000, 2048)
     published = feature_warnings_of("inception", 50_000, 2048, "train")
     assert "50,000" not in published

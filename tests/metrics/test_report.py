@@ -8,15 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from ddp.metrics.evaluate import to_json
+from ddp.data.dataset import Dataset
+from ddp.metrics import evaluate
+from ddp.metrics.candidate import Candidate, EvaluateOptions, Reference
+from ddp.metrics.evaluate import Metric, to_json
 from ddp.metrics.report import (
     comparison_table,
     error_text,
     html_page,
     interval_text,
+    measure_and_report,
     nested_rows,
-    report_lines,
     subject_tables,
+    table_lines,
     write_report,
 )
 from ddp.metrics.uncertainty import Estimate
@@ -91,7 +95,8 @@ def test_feature_tables_say_which_way_is_better():
     head, rows = table_of({"pixels": {"fd": row, "recall": row}})
     assert head == ["", "samples", "real vs real", "relative to real"]
     assert set(rows) == {"fd ↓", "recall ↑"}
-    assert rows["fd ↓"] == [interval_text(CELL), interval_text(CELL), ""]
+    none = "real vs real is 0 within its error"
+    assert rows["fd ↓"] == [interval_text(CELL), interval_text(CELL), none]
 
 
 def test_classifier_tables_have_the_classes():
@@ -143,11 +148,68 @@ def test_comparison_table_has_a_column_for_each_subject():
     assert comparison_table(evaluation_of(first)) is None
 
 
-def test_report_lines_end_with_the_warnings():
+def test_a_ratio_that_other_numbers_forbid_is_left_empty():
+    row = {"samples": CELL, "real_vs_real": CELL, "relative_to_real": None}
+    evaluation = evaluation_of({"pixels": {"fd": row}})
+    evaluation["recipe"]["baseline_items"] = 3
+    (table,) = subject_tables(evaluation["subjects"][0], evaluation)
+    assert table.rows[0][-1] == ""
+
+
+def test_table_lines_have_a_row_a_line():
     evaluation = evaluation_of({"pixel_stats": {"channel 0": {"mean": {"samples": CELL}}}})
-    lines = report_lines(evaluation)
-    assert lines[-1] == "warning: too few <items>"
+    lines = table_lines(subject_tables(evaluation["subjects"][0], evaluation))
     assert "   channel 0, mean  " + error_text(CELL) in lines
+
+
+# ---- figures are told and written as they come ----
+
+
+class Stopped(BaseException):
+    """What a signal raises, such as KeyboardInterrupt."""
+
+
+def dark(candidate, reference, options):
+    """A metric that is always 1."""
+    return {"ink": Estimate.mean(torch.ones(9))}
+
+
+@pytest.mark.parametrize("error", [Stopped("SIGTERM"), KeyboardInterrupt(), OSError("disk")])
+def test_what_is_finished_outlives_what_stops_the_rest(tmp_path, monkeypatch, error):
+    def stop(candidate, reference, options):
+        assert json.loads((tmp_path / "evaluation.json").read_text())["subjects"][0]["dark"]
+        assert "ink" in "".join(told)
+        raise error
+
+    told = []
+    monkeypatch.setattr(evaluate, "METRICS", {"dark": Metric(dark), "stop": Metric(stop)})
+    monkeypatch.setattr(evaluate, "OLD_METRICS", {})
+    items = torch.zeros(30, 1, 8, 8, dtype=torch.uint8)
+    options = EvaluateOptions(num_samples=20)
+    reference = Reference(Dataset("x", items, items), options)
+    what = ([Candidate("c", {}, samples=items)], reference)
+    how = (options, tmp_path, "python x", False, told.append)
+    evaluation, stopped = measure_and_report(*what, ["dark", "stop"], *how)
+    assert stopped is error
+    assert evaluation["subjects"][0]["dark"]["ink"]["value"] == 1
+    assert "stop" not in evaluation["subjects"][0]
+    assert evaluation["recipe"]["command"] == "python x"
+    assert "stopped before all was measured" in told[-1]
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
+    assert (tmp_path / "evaluation.html").exists()
+    with pytest.raises(type(error)):  # nothing is finished
+        measure_and_report(*what, ["stop"], *how)
+
+
+def test_numbers_outlive_figures_that_fail(tmp_path, monkeypatch):
+    def fail(candidate, reference):
+        raise ValueError("no such font")
+
+    monkeypatch.setattr("ddp.metrics.report.candidate_figures", fail)
+    evaluation = evaluation_of({"pixel_stats": {"channel 0": {"mean": {"samples": CELL}}}})
+    write_report(tmp_path, evaluation, [Candidate("c", {})], None)
+    warnings = json.loads((tmp_path / "evaluation.json").read_text())["warnings"]
+    assert warnings[-1] == "c: the figures failed: no such font"
 
 
 class Tags(HTMLParser):
@@ -184,10 +246,21 @@ def test_a_page_needs_no_network_and_escapes_what_it_is_given():
     assert tags.open == []
 
 
-def test_write_report_names_figures_by_their_caption(tmp_path):
+def test_a_page_takes_names_with_a_dollar():
+    evaluation = evaluation_of({"pixel_stats": {"$5 ${title}": {"mean": {"samples": CELL}}}})
+    evaluation["dataset"]["name"] = "${body} $x"
+    page = html_page(evaluation, [{"$a$ caption": Image.new("L", (4, 4))}])
+    for text in ("${body} $x", "$a$ caption", "$5 ${title}"):
+        assert text in page
+
+
+def test_write_report_names_figures_by_their_caption(tmp_path, monkeypatch):
     evaluation = evaluation_of({}, {})
     image = Image.new("L", (4, 4))
-    write_report(tmp_path, evaluation, [{"a b, and more": image}, {"a b": image}])
+    figures = iter([{"a b, and more": image}, {"a b": image}])
+    monkeypatch.setattr("ddp.metrics.report.candidate_figures", lambda *_: next(figures))
+    candidates = [Candidate(f"{HOSTILE}0", {}), Candidate("ö" * 300, {})]
+    write_report(tmp_path, evaluation, candidates, None)
     names = {path.name for path in tmp_path.iterdir()}
     assert {"evaluation.json", "evaluation.html"} < names
     assert "1-_script_alert_1_script_0-a_b.png" in names

@@ -82,7 +82,16 @@ def test_divide_by_a_baseline_of_zero_is_none():
     spread = torch.randn(500)
     assert ratio.divide_by(Estimate(0.0, spread)) is None
     assert ratio.divide_by(Estimate(0.1, spread)) is None  # it can be negative, and is near 0
-    assert ratio.divide_by(Estimate(0.1, spread, bounds=(0, math.inf))) is not None
+    assert ratio.divide_by(Estimate(0.1, spread, bounds=(0, math.inf))) is None  # chance, too
+    assert ratio.divide_by(Estimate(3.0, spread, bounds=(0, math.inf))) is not None
+    assert ratio.divide_by(Estimate.mean(torch.ones(1))) is None  # its error is not known
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_bootstrap_says_when_there_are_too_few_items(count):
+    """The first thing said is the number of items, not that weights are out of range."""
+    with pytest.raises(ValueError, match=f"^{count} samples and 9 real items are too few"):
+        bootstrap(DISTANCES["fd"], normal(count, 2, 0), normal(9, 2, 1))
 
 
 def test_half_samples_are_random_halves():

@@ -1,19 +1,21 @@
 """evaluate.py from end to end: what it measures, writes, prints and refuses."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, SHORT, edit_files, refused, run, trained_runs
+from helpers import DIGITS, SHORT, edit_files, execute, refused, run, trained_runs
 from PIL import Image
 
 import evaluate as script
 from ddp.data import load_dataset
 from ddp.io.checkpoint import load_model, read_checkpoint
-from ddp.metrics.evaluate import METRICS, OLD_METRICS
+from ddp.metrics.evaluate import METRICS, OLD_METRICS, Metric
 
 FEW = ["--vlb_items", 30, "--num_samples", 30, "--nll_items", 4, "--vlb_samples", 2]
 FEW += ["--dequant_samples", 1, "--steps", 3]
@@ -48,7 +50,8 @@ def test_evaluate_measures_a_checkpoint(trained, tmp_path, name):
     evaluation, text = evaluated(*flags, cwd=tmp_path)
     recipe = evaluation["recipe"]
     (subject,) = evaluation["subjects"]
-    assert evaluation["schema"] == 3
+    assert evaluation["schema"] == 4
+    assert evaluation["dataset"]["best_chosen_on"] == ("test" if name == "digits" else "val")
     assert recipe["unit"] == ("bits/dim" if name == "digits" else "nats")
     assert (recipe["num_samples"], recipe["vlb_items"], recipe["nll_items"]) == (30, 30, 4)
     assert subject["about"]["steps"] == 3
@@ -65,14 +68,16 @@ def test_evaluate_measures_a_checkpoint(trained, tmp_path, name):
     assert len(subject["memorization"]["closest"]) == 16
     assert "too few" in " ".join(evaluation["warnings"])
     assert "warning: " in text
-    spaces = ["classifier", "pixels"] if name == "digits" else ["points"]
+    assert "the network takes about" in text
+    spaces = ["classifier", "filters", "pixels"] if name == "digits" else ["points"]
     for space in spaces:
         for row in subject[space].values():
             if "real_vs_real" in row:
                 assert row["samples"]["interval"][0] <= row["samples"]["value"]
                 assert row["real_vs_real"]["value"] is not None
         if name == "digits":  # a model that has learned next to nothing
-            assert subject[space]["fd"]["relative_to_real"]["value"] > 1
+            row = subject[space]["fd"]
+            assert row["samples"]["value"] > row["real_vs_real"]["value"]
     assert "real vs real" in text
 
 
@@ -160,11 +165,11 @@ def test_data_that_has_moved_is_found_and_other_data_refused(files, tmp_path):
     few = ["--checkpoint", "gone.pth", *FEW, "--num_samples", 2, "--nll_items", 2]
     for i, place in enumerate((moved, moved.parent)):
         evaluation, text = evaluated(*few, "--data_dir", place, cwd=tmp_path, out=f"e{i}")
-        assert "too few samples or real items, 2" in text
+        assert "2 samples or real items are too few" in text
         assert "pixels" not in evaluation["subjects"][0]
     shutil.rmtree(moved / "red")
     assert "trained on" in refused("evaluate.py", *few, "--data_dir", moved, cwd=tmp_path)
-    assert "data_dir" in refused("evaluate.py", *few, cwd=tmp_path)
+    assert "set dataset to where" in refused("evaluate.py", *few, cwd=tmp_path)
 
 
 # ---- comparison ----
@@ -176,6 +181,7 @@ def test_comparison_is_paired(trained, tmp_path):
     evaluation, text = evaluated("--compare", *paths, *FEW, cwd=tmp_path)
     names = [subject["name"] for subject in evaluation["subjects"]]
     assert names == ["model", "step_00000018", "real"]
+    assert "model: test loss by noise level" in text  # as it comes
     rows = {(row["subject"], row["path"]): row["difference"] for row in evaluation["comparison"]}
     a, b = (subject["vlb"]["discrete"]["total"] for subject in evaluation["subjects"][:2])
     difference = rows["step_00000018", "vlb/discrete/total"]
@@ -197,12 +203,31 @@ def test_comparison_of_runs_that_call_their_models_alike(trained, tmp_path):
     save_digits(tmp_path / "first.npy")
     flags = ["--compare", "first.npy", "a/model.pth", "b/model.pth", "--metrics", "loss,pixels"]
     evaluation, text = evaluated(*flags, *FEW, cwd=tmp_path)
-    assert [subject["name"] for subject in evaluation["subjects"]] == [tmp_path.name, "a", "b"]
+    names = [subject["name"] for subject in evaluation["subjects"]]
+    assert names == ["first", "a/model", "b/model"]
     rows = {(row["subject"], row["path"]): row["difference"] for row in evaluation["comparison"]}
-    assert rows["a", "loss/log-SNR 4.79/v"] is None  # samples have no loss to compare with
+    assert rows["a/model", "loss/log-SNR 4.79/v"] is None  # samples have no loss to compare with
     assert "loss/log-SNR 4.79/v" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "e", "first.npy"]
-    assert len(list((tmp_path / "e").glob("2-a-*.png"))) == 3
+    assert len(list((tmp_path / "e").glob("2-a_model-*.png"))) == 3
+
+
+def test_one_model_is_compared_under_two_samplers(trained, tmp_path):
+    digits = trained / "digits"  # the folder of a run
+    subjects = [f"ddpm={digits},sampler=ddpm,steps=4", f"{digits},steps=2", f"raw={digits}"]
+    shutil.copytree(digits, tmp_path / "own")
+    (tmp_path / "own" / "model.pth").unlink()
+    subjects[2] = f"raw={tmp_path / 'own'},weights=raw"
+    flags = ["--compare", *subjects, "--metrics", "pixels", "--num_samples", 30, "--steps", 3]
+    evaluation, text = evaluated(*flags, cwd=tmp_path)
+    about = {subject["name"]: subject["about"] for subject in evaluation["subjects"]}
+    assert list(about) == ["ddpm", "digits steps=2", "raw"]
+    assert [about[name]["sampler"] for name in about] == ["ddpm", "unipc", "unipc"]
+    assert [about[name]["steps"] for name in about] == [4, 2, 3]
+    assert [about[name]["weights"] for name in about] == ["ema", "ema", "raw"]
+    files = [about[name]["checkpoint"].rsplit("/", 1)[1] for name in about]
+    assert files == ["model.pth", "model.pth", "last.pth"]
+    assert "digits steps=2 - ddpm" in text
 
 
 # ---- flags ----
@@ -286,7 +311,8 @@ REFUSED = {
     "--samples float.npy --dataset digits": "uint8",
     "--samples wide.npy --dataset digits": "(5, 9, 9)",
     "--samples a.npy --dataset digits --metrics vlb": "needs a model",
-    "--checkpoint {run} --dataset digits": "dataset",
+    "--checkpoint {run} --dataset moons": "trained on",
+    "--samples one.npy --dataset digits": "one holds 1; at least 2 are needed",
     "--checkpoint {run} --metrics fid": "expected some of",
     "--checkpoint {run} --metrics points": "for points",
     "--checkpoint {run} --out full": "not overwritten",
@@ -294,9 +320,11 @@ REFUSED = {
     "--checkpoint {run} --nll_items 0": "nll_items=0",
     "--checkpoint {run} --image_size 8": "image_size",
     "--checkpoint {run} --inception_weights w.pth": "metrics=inception",
-    "--compare {run}": "different paths",
-    "--compare {run} {run}": "different paths",
+    "--compare {run}": "two or more",
+    "--compare {run} {run}": "give NAME=PATH",
     "--compare {run} {moons}": "trained on",
+    "--compare {run} x=a.npy,steps=5": "steps: for checkpoints only",
+    "--compare {run} {run},size=5": "size=5: expected some of",
     "--samples a.npy --dataset digits --steps 5 --weights raw": "weights, steps",
 }
 
@@ -304,6 +332,7 @@ REFUSED = {
 @pytest.mark.parametrize(("flags", "reason"), REFUSED.items())
 def test_evaluate_refuses_before_any_work(files, trained, tmp_path, flags, reason):
     np.save(tmp_path / "a.npy", np.zeros((5, 8, 8), np.uint8))
+    np.save(tmp_path / "one.npy", np.zeros((1, 8, 8), np.uint8))
     np.save(tmp_path / "wide.npy", np.zeros((5, 9, 9), np.uint8))
     np.save(tmp_path / "float.npy", np.zeros((5, 8, 8), np.float32))
     (tmp_path / "full").mkdir()
@@ -315,7 +344,7 @@ def test_evaluate_refuses_before_any_work(files, trained, tmp_path, flags, reaso
 
 
 FAILS = {
-    "--samples cut.npz --dataset digits": "cannot be read",
+    "--samples cut.npz --dataset digits": "cut.npz is not a whole .zip",
     "--checkpoint far.pth --metrics ode_nll": "out of range",
     "--checkpoint far.pth --metrics vlb": "out of range",
     "--checkpoint far.pth --metrics pixels": "infinite",
@@ -347,6 +376,69 @@ def test_missing_inception_is_one_line(files, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+# ---- where the results are, and what outlives a signal ----
+
+
+def test_results_never_lie_inside_the_dataset(files, tmp_path):
+    photos = shutil.copytree(files["images"], tmp_path / "photos")
+    flags = ["--samples", photos / "red", "--dataset", photos, "--metrics", "pixel_stats"]
+    for flag in (photos / "e", photos / "red" / "e"):
+        assert "inside the data" in refused("evaluate.py", *flags, "--out", flag, cwd=tmp_path)
+    for cwd in (tmp_path, photos, photos / "red"):
+        run("evaluate.py", *flags, cwd=cwd)
+    assert sorted(path.name for path in photos.iterdir()) == ["blue, dark", "red"]
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["photos", "red-evaluation", "red-evaluation-2", "red-evaluation-3"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_figures_that_are_finished_outlive_a_signal(trained, tmp_path, monkeypatch, number):
+    def stop(candidate, reference, options):
+        os.kill(os.getpid(), number)
+        signal.pause()
+
+    monkeypatch.setitem(METRICS, "vlb", Metric(stop, needs_model=True))
+    flags = ["--checkpoint", trained / "moons" / "last.pth", *FEW, "--out", "e"]
+    result = execute("evaluate.py", *flags, "--metrics", "points,vlb", cwd=tmp_path)
+    assert result.code == 128 + number
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+    evaluation = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert "points" in evaluation["subjects"][0]
+    assert "stopped before all was measured" in evaluation["warnings"][-1]
+    assert str(tmp_path / "e" / "evaluation.json") in result.out
+    monkeypatch.setitem(METRICS, "points", Metric(stop))
+    flags[-1] = "nothing"
+    assert execute("evaluate.py", *flags, "--metrics", "points", cwd=tmp_path).code == 128 + number
+    assert [path.name for path in tmp_path.iterdir()] == ["e"]
+
+
+def test_a_result_that_came_meanwhile_is_not_overwritten(trained, tmp_path, monkeypatch):
+    def other(candidate, reference, options):
+        (tmp_path / "e").mkdir()
+        (tmp_path / "e" / "theirs").write_text("x")
+        return {}
+
+    monkeypatch.setitem(METRICS, "points", Metric(other))
+    flags = ["--checkpoint", trained / "moons" / "last.pth", *FEW, "--out", "e"]
+    text = run("evaluate.py", *flags, "--metrics", "points", cwd=tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "e-2"]
+    assert str(tmp_path / "e-2" / "evaluation.json") in text
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["theirs"]
+
+
+def test_a_path_in_a_file_is_not_followed(files, tmp_path):
+    """A checkpoint that came from elsewhere says which folder to read, and is not obeyed."""
+    flags = ["--dataset", files["images"], "--image_size", "10x14"]
+    run("train.py", *SHORT, *flags, cwd=tmp_path)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    own = ["--checkpoint", folder, "--metrics", "pixel_stats", "--steps", 2]
+    run("evaluate.py", *own, cwd=tmp_path)
+    shutil.copy(folder / "last.pth", tmp_path / "theirs.pth")
+    theirs = ["--checkpoint", "theirs.pth", "--metrics", "pixel_stats", "--steps", 2]
+    assert "dataset" in refused("evaluate.py", *theirs, cwd=tmp_path)
+    evaluated(*theirs, "--dataset", files["images"], cwd=tmp_path)
+
+
 # ---- the shipped checkpoint ----
 
 
@@ -357,5 +449,6 @@ def test_shipped_digits_is_good(tmp_path):
     assert evaluation["dataset"]["fingerprint"] == checkpoint["provenance"]["fingerprint"]
     (subject,) = evaluation["subjects"]
     for space in ("pixels", "classifier"):
-        assert subject[space]["fd"]["relative_to_real"]["value"] < 2
+        row = subject[space]["fd"]
+        assert row["samples"]["value"] < 2 * row["real_vs_real"]["value"] + 0.3
     assert subject["vlb"]["discrete"]["total"]["value"] < 5

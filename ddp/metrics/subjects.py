@@ -1,0 +1,148 @@
+"""What the user asks to be measured: from a line of text to Candidates, and where results go."""
+
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from ddp.data import DATASETS, load_dataset
+from ddp.data.arrays import load_samples
+from ddp.io.files import find_checkpoint, next_free_path
+from ddp.metrics.candidate import Candidate, checkpoint_candidate, file_digest
+from ddp.options import SamplerOptions
+
+
+@dataclass
+class Subject:
+    """What the user asks to be measured."""
+
+    path: str  # a checkpoint, the folder of a run, or samples
+    name: str | None = None  # in tables; None: made of the path and the options
+    options: dict = field(default_factory=dict)  # of SamplerOptions, and `weights`
+    kind: str | None = None  # "checkpoint" or "samples"; None: as the path looks
+
+    @property
+    def checkpoint(self):
+        """The path of the checkpoint that it means, or None: it means samples."""
+        path = Path(self.path)
+        if self.kind == "samples":
+            return None
+        file = find_checkpoint(path)
+        if file != path:
+            return file
+        return path if self.kind or path.suffix == ".pth" else None
+
+
+def find_subjects(checkpoint, samples, compare):
+    """A list of Subjects, of one of three: a path, a path, or texts for parse_subject."""
+    if compare:
+        return [parse_subject(text) for text in compare]
+    return [Subject(checkpoint or samples, kind="checkpoint" if checkpoint else "samples")]
+
+
+def parse_subject(text):
+    """The Subject in "PATH", "NAME=PATH" or "NAME=PATH,sampler=ddpm,steps=50"."""
+    if Path(text).exists():  # a path may have any character
+        return Subject(text)
+    options = {}
+    rest = text
+    while match := re.fullmatch(r"(.*),(\w+)=([^,=]*)", rest):
+        rest, key, value = match.groups()
+        options[key] = value
+    match = re.fullmatch(r"([^=/\\]+)=(.*)", rest)
+    name, path = match.groups() if match else (None, rest)
+    known = {each.name: each for each in fields(SamplerOptions)}
+    for key, value in options.items():
+        if key == "weights" and value in ("ema", "raw"):
+            continue
+        option = known.get(key)
+        if option is None or option.metadata["bounds"].get("count", 1) > 1:
+            fitting = [n for n, f in known.items() if "count" not in f.metadata["bounds"]]
+            raise ValueError(
+                f"{text}: {key}={value}: expected some of {', '.join(fitting)}, weights"
+            )
+        try:
+            options[key] = option.metadata["kind"](value)
+        except ValueError:
+            raise ValueError(f"{text}: {key}={value}: expected a number") from None
+    return Subject(path, name, dict(reversed(options.items())))
+
+
+def distinct_names(subjects):
+    """A name for each Subject: its own; else the file's, with its folder where two are alike."""
+    spellings = []  # of each subject, from short to long
+    for subject in subjects:
+        path = Path(subject.path)
+        options = "".join(f" {key}={value}" for key, value in subject.options.items())
+        short = path.stem if path.stem else path.resolve().name  # of "." and the like
+        paths = [short, f"{path.resolve().parent.name}/{short}", subject.path]
+        spellings.append([subject.name] if subject.name else [path + options for path in paths])
+    names = []
+    for i, spelling in enumerate(spellings):
+        others = [other for j, other in enumerate(spellings) if j != i]
+        if subjects[i].name:  # which stands; it is the others that give way
+            others = [[other.name] for j, other in enumerate(subjects) if j != i]
+        others = {name for other in others for name in other}
+        free = [name for name in spelling if name not in others]
+        if not free:
+            raise ValueError(f"compare: two are called {spelling[0]}; give NAME=PATH, each another")
+        names.append(free[0])
+    return names
+
+
+def load_candidates(subjects, data_source, sampling, weights, device, progress):
+    """(candidates, dataset, its arguments): those of Subjects, and the data to compare them with.
+
+    data_source: function of the first Candidate that has a model, or of None, -> the arguments of
+    load_dataset. sampling: the fields of SamplerOptions, a dict; a subject's own go before."""
+    names = distinct_names(subjects)
+    flags = ({} if weights == "ema" else {"weights": weights}) | sampling
+    candidates = {}  # name -> Candidate; checkpoints first, since one may name the dataset
+    for name, subject in zip(names, subjects, strict=True):
+        if subject.checkpoint:
+            options = {"weights": weights} | sampling | subject.options
+            kind = options.pop("weights")
+            own = SamplerOptions(**options)
+            candidates[name] = checkpoint_candidate(subject.checkpoint, name, own, kind, device)
+        elif subject.options:
+            raise ValueError(f"{name}: {', '.join(subject.options)}: for checkpoints only")
+    if flags and not candidates:
+        raise ValueError(f"{', '.join(flags)}: for checkpoints only")
+    arguments = data_source(next(iter(candidates.values()), None))
+    dataset = load_dataset(**arguments, progress=progress)
+    for name, subject in zip(names, subjects, strict=True):
+        if name in candidates:
+            candidates[name].require_fit(dataset)
+        else:
+            candidates[name] = samples_candidate(subject.path, name, dataset)
+    return [candidates[name] for name in names], dataset, arguments
+
+
+def samples_candidate(path, name, dataset):
+    """The Candidate of samples: .npz, .npy, a folder or a .zip."""
+    items, summary = load_samples(path, dataset.event)
+    about = {"samples": str(Path(path).resolve()), "count": len(items), "summary": summary}
+    if Path(path).is_file():
+        about["sha256"] = file_digest(path)
+    return Candidate(name, about, samples=items)
+
+
+def free_place(subjects, dataset, out=None):
+    """The path for an evaluation's results: `out`, or one beside the first subject.
+
+    Never inside data, where they would be read as such: of images in a folder the results lie in
+    the current folder, and what would be inside the dataset goes beside it. dataset: its name or
+    path. Raises ValueError when `out` is inside data."""
+    first = Path(subjects[0].path).absolute()
+    data = [subject.path for subject in subjects if not subject.checkpoint]
+    data += [dataset] if dataset not in DATASETS else []
+    folders = [Path(path).resolve() for path in data if Path(path).is_dir()]
+    is_folder = first.resolve() in folders
+    place = (Path.cwd() if is_folder else first.parent).resolve()  # the folder that they lie in
+    if out:
+        place = Path(out).resolve().parent
+    for folder in folders * len(folders):  # what is beside one may be inside another
+        if place.is_relative_to(folder):
+            if out:
+                raise ValueError(f"out={out} is inside the data, {folder}; choose another place")
+            place = folder.parent
+    return Path(out) if out else next_free_path(place / f"{first.stem}-evaluation")
