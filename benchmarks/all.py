@@ -60,7 +60,8 @@ def summary(roofline, training, quality, sampling):
     for row in quality["rows"]:
         numbers[f"images per second in training, {row['who']}"] = row["images_per_second"]
     for row in quality["rows"]:
-        numbers[f"images per second in sampling, {row['who']}"] = 1 / row["seconds_per_sample"]
+        who = "{who}, {sampler[name]}, {sampler[steps]} steps".format(**row)
+        numbers[f"images per second in sampling, {who}"] = 1 / row["seconds_per_sample"]
     return numbers
 
 
@@ -72,7 +73,6 @@ def parse(arguments=None):
     add_flag(parser, "minutes", type=float, default=10, help=minutes)
     only = "baselines to measure (default: diffusers; without a name: none)"
     add_flag(parser, "only", nargs="*", default=["diffusers"], metavar="BASELINE", help=only)
-    add_flag(parser, "bf16", action="store_true", help="run the baselines under bf16 autocast")
     quick = "measure little: only to see that it runs"
     add_flag(parser, "quick", action="store_true", help=quick)
     add_flag(parser, "out", type=Path, default=Path("machine"), help="a new folder for results")
@@ -85,11 +85,9 @@ def main(args):
     data = ["--dataset", args.dataset, "--data_dir", args.data_dir]
     minutes = ["--ours", args.minutes, "--minutes", args.minutes, "--at", args.minutes]
     baselines = ["--only", *args.only]
-    if args.bf16:
-        baselines.append("--bf16")
     # the longest first: it refuses wrong flags before it starts, and makes OUT
     quality = run_benchmark("quality_vs_time", args, *data, *minutes, *baselines)
-    model = args.out / "quality_vs_time" / f"ours-{args.minutes:g}" / "model.pth"
+    model = args.out / "quality_vs_time" / f"ours-{args.minutes:g}-auto" / "model.pth"
     sampling = run_benchmark("sample_speed", args, "--checkpoint", model)
     training = run_benchmark("train_speed", args, *data)
     roofline = run_benchmark("roofline", args)

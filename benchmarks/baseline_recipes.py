@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import importlib.metadata
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -16,9 +17,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+WARMUP = 0.1  # share of the run in which a learning rate that is annealed rises
 CHUNK = 100  # images sampled at a time
-TRIAL = 16  # images on which the default sampler is timed
+TRIAL_STEPS = 3  # by which the faster precision is found
 STEPS = {"cpu": 1, "cuda": 20}  # between two looks at the clock, which on a GPU waits for it
+PRECISIONS = ("fp32", "bf16")
 
 
 class Feed:
@@ -70,19 +73,20 @@ class Diffusers:
     package = "diffusers"
     install = ("diffusers[torch]",)  # what pip is asked for
     batch = 128
-    fast = ("SDE-DPM-Solver++", 50)  # name and steps of its fast sampler
-    default = ("DDPM", 1000)  # and of its default one
+    samplers = (("DDPM", 1000), ("SDE-DPM-Solver++", 50))  # name and steps; its own comes first
+    anneals = True  # its learning rate falls to the end of the run: each budget is a run
     source = (
         "huggingface/diffusion-models-class: network of unit1/02, training of unit2/02; "
         "huggingface/diffusers: EMA of examples/unconditional_image_generation, sampler of "
-        "docs api/schedulers/multistep_dpm_solver"
+        "docs api/schedulers/multistep_dpm_solver; learning rate of the training example"
     )
     text = (
         "UNet2DModel 32-64-64, 2 layers a block, attention at 14 and 7 pixels; DDPMScheduler of "
         "1000 steps, squaredcos_cap_v2, predicts the noise; Adam at 1e-3, batch 128. Labels are "
-        "left out, and EMAModel with its warm-up is added (--use_ema of the training example). "
-        "Fast sampler: DPMSolverMultistepScheduler, sde-dpmsolver++ of order 2, with thresholding, "
-        "for pixels, and lambda_min_clipped, for this schedule."
+        "left out, and of the training example are EMAModel with its warm-up (--use_ema) and the "
+        "cosine learning rate with warm-up, here a tenth of the run, annealed to each budget. "
+        "Samplers: DDPMScheduler, its own; DPMSolverMultistepScheduler, sde-dpmsolver++ of order "
+        "2, with thresholding, for pixels, and lambda_min_clipped, for this schedule."
     )
     shape = GRAY
     schedule = "squaredcos_cap_v2"
@@ -106,8 +110,11 @@ class Diffusers:
         )
         self.batches = iter(feed)
 
-    def step(self):
-        """Take one training step."""
+    def step(self, progress):
+        """Take one training step, at progress in [0, 1] of the run."""
+        warmup = min(1.0, (progress + 1e-3) / WARMUP)
+        falling = 0.5 * (1 + math.cos(math.pi * max(0.0, progress - WARMUP) / (1 - WARMUP)))
+        self.optimizer.param_groups[0]["lr"] = self.lr * warmup * falling
         x = next(self.batches) * 2 - 1
         noise = torch.randn_like(x)
         t = torch.randint(0, 999, (len(x),), device=x.device)
@@ -152,7 +159,7 @@ class DiffusersColor(Diffusers):
         "UNet2DModel 128-256-256-256, 2 layers a block, attention at 16 pixels; DDPMScheduler of "
         "1000 steps, linear, predicts the noise; Adam at 1e-4, batch 128 instead of 16; EMAModel "
         "with its warm-up; no mirrored images. Fast sampler: DPMSolverMultistepScheduler, "
-        "sde-dpmsolver++ of order 2, with thresholding, for pixels."
+        "sde-dpmsolver++ of order 2, with thresholding, for pixels; cosine learning rate."
     )
     shape = COLOR
     schedule = "linear"
@@ -165,15 +172,16 @@ class Lucidrains:
     package = "denoising-diffusion-pytorch"
     install = ("denoising_diffusion_pytorch",)
     batch = 32
-    fast = ("DDIM", 50)
-    default = ("DDIM", 250)
+    samplers = (("DDIM", 250), ("DDIM", 50))
+    anneals = False
     source = "lucidrains/denoising-diffusion-pytorch: README and the defaults of Trainer"
     text = (
         "Unet of dim 32, dim_mults 1-2-4, for 28 pixels instead of dim 64, 1-2-4-8 for 128; "
         "GaussianDiffusion of 1000 steps, sigmoid schedule, predicts v; Adam at 8e-5, betas 0.9 "
         "and 0.99, batch 32, gradients of 2 batches accumulated and clipped to norm 1; EMA of "
         "0.995 every 10 steps. The loop is that of Trainer.train, written out so that the clock "
-        "can stop; no mirrored images, which digits are not; fp32, its amp is of fp16 on a GPU."
+        "can stop; no mirrored images, which digits are not. Samplers: DDIM of 250 steps, that of "
+        "its README, and of 50."
     )
 
     def __init__(self, feed):
@@ -188,7 +196,7 @@ class Lucidrains:
         self.ema = EMA(self.diffusion, beta=0.995, update_every=10)
         self.batches = iter(feed)
 
-    def step(self):
+    def step(self, progress):
         self.diffusion.train()
         for _ in range(2):
             (self.diffusion(next(self.batches)) / 2).backward()
@@ -209,8 +217,8 @@ class Smalldiffusion:
     package = "smalldiffusion"
     install = ("smalldiffusion", "torch_ema")
     batch = 128
-    fast = ("its own, gam 1.6", 20)
-    default = ("its own, gam 1.6", 20)
+    samplers = (("its own, gam 1.6", 20),)
+    anneals = False
     source = "yuanchenyang/smalldiffusion: examples/fashion_mnist_unet.py"
     text = (
         "Scaled(Unet) of 64 channels, ch_mult 1-1-2, attention at 14 pixels, dropout 0.1; "
@@ -230,7 +238,7 @@ class Smalldiffusion:
         batches = (2 * x - 1 for x in feed)
         self.loop = training_loop(batches, self.network, self.schedule, epochs=1, lr=7e-4)
 
-    def step(self):
+    def step(self, progress):
         next(self.loop)
         self.ema.update()
 
@@ -256,28 +264,33 @@ BASELINES = {  # dataset -> name -> recipe
 class Run:
     """A recipe in training: how many steps and seconds it has taken."""
 
-    def __init__(self, recipe, device, bf16):
+    def __init__(self, recipe, device, precision, seconds_per_step=None):
         self.recipe = recipe
         self.device = device
-        self.bf16 = bf16
+        self.precision = precision  # of PRECISIONS
+        self.seconds_per_step = seconds_per_step  # None: by the clock
         self.steps = 0
         self.seconds = 0.0
 
     def autocast(self):
         # a cache would keep the weights of the first step
-        dtype = torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.bf16, cache_enabled=False)
+        options = {"enabled": self.precision != "fp32", "cache_enabled": False}
+        return torch.autocast(self.device.type, torch.bfloat16, **options)
 
     def train(self, seconds):
         """Train until so many seconds have been spent on steps, all of them together."""
-        while self.seconds < seconds:
-            started = time.perf_counter()
-            for _ in range(STEPS[self.device.type]):
-                self.recipe.step()
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - started
-            self.steps += STEPS[self.device.type]
+        with self.autocast():
+            while self.seconds < seconds:
+                started = time.perf_counter()
+                for _ in range(STEPS[self.device.type]):
+                    self.recipe.step(self.seconds / seconds)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                spent = time.perf_counter() - started
+                if self.seconds_per_step:
+                    spent = self.seconds_per_step * STEPS[self.device.type]
+                self.seconds += spent
+                self.steps += STEPS[self.device.type]
 
     def sample(self, count, sampler, steps):
         """Return pixels, uint8 (count, H, W, C), and the seconds they took, from seed 0.
@@ -285,7 +298,7 @@ class Run:
         Training goes on as if nothing had been sampled."""
         started = time.perf_counter()
         parts = []
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng(), torch.no_grad(), self.autocast():
             torch.manual_seed(0)
             for chunk in torch.arange(count).split(CHUNK):
                 images = self.recipe.sample(len(chunk), sampler, steps)
@@ -301,7 +314,7 @@ def describe(run, feed):
         "version": importlib.metadata.version(run.recipe.package),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
-        "precision": "bf16" if run.bf16 else "fp32",
+        "precision": run.precision,
         "parameters": sum(p.numel() for p in run.recipe.network.parameters()),
         "batch": feed.size,
         "seconds": run.seconds,
@@ -314,36 +327,52 @@ def describe(run, feed):
     }
 
 
-def measure(args):
-    """Yield the rows of a baseline, one for each of the minutes in `at`."""
+def start(args, images, precision):
+    """Return a Run at its start, from seed 0, and its Feed."""
     torch.manual_seed(0)
     kind = BASELINES[args.dataset][args.baseline]
-    device = torch.device(args.device)
-    images = torch.from_numpy(np.load(args.images)).to(device)
     feed = Feed(images, args.batch_size or kind.batch)
-    run = Run(kind(feed), device, args.bf16)
-    sampler = getattr(kind, args.sampler)  # (name, steps)
-    default_seconds = None  # of a sample by the default sampler
+    return Run(kind(feed), images.device, precision, args.seconds_per_step), feed
+
+
+def faster_precision(args, images):
+    """Return fp32 or bf16, in which the recipe's steps take less time here."""
+    seconds = {}
+    for precision in PRECISIONS:
+        run, _ = start(args, images, precision)
+        run.seconds_per_step = None
+        run.train(1e-9)  # one step, in which kernels are chosen
+        before = run.seconds
+        while run.steps < TRIAL_STEPS + 1:
+            run.train(run.seconds + 1e-9)
+        seconds[precision] = (run.seconds - before) / (run.steps - STEPS[images.device.type])
+    return min(seconds, key=seconds.get)
+
+
+def measure(args):
+    """Yield the rows of a baseline: for each of the minutes in `at`, one for each sampler."""
+    images = torch.from_numpy(np.load(args.images)).to(args.device)
+    precision = args.precision
+    if precision == "faster":
+        precision = faster_precision(args, images)
+    run = None
     for minutes in args.at:
-        with run.autocast():
-            run.train(60 * minutes)
-            pixels, seconds = run.sample(args.samples, *sampler)
-            if default_seconds is None:
-                few = min(TRIAL, args.samples)
-                default_seconds = run.sample(few, *kind.default)[1] / few
-        file = args.out / f"{minutes:g}.npz"
-        np.savez_compressed(file, samples=pixels)
-        yield {
-            "baseline": args.baseline,
-            "minutes": minutes,
-            **describe(run, feed),
-            "file": str(file),
-            "samples": args.samples,
-            "sampler": dict(zip(("name", "steps"), sampler, strict=True)),
-            "seconds_per_sample": seconds / args.samples,
-            "default_sampler": dict(zip(("name", "steps"), kind.default, strict=True)),
-            "default_seconds_per_sample": default_seconds,
-        }
+        if run is None or run.recipe.anneals:
+            run, feed = start(args, images, precision)
+        run.train(60 * minutes)
+        for name, steps in run.recipe.samplers:
+            pixels, seconds = run.sample(args.samples, name, steps)
+            file = args.out / f"{minutes:g}-{steps}.npz"
+            np.savez_compressed(file, samples=pixels)
+            yield {
+                "baseline": args.baseline,
+                "minutes": minutes,
+                **describe(run, feed),
+                "file": str(file),
+                "samples": args.samples,
+                "sampler": {"name": name, "steps": steps},
+                "seconds_per_sample": seconds / args.samples,
+            }
 
 
 def parse(arguments=None):
@@ -356,10 +385,12 @@ def parse(arguments=None):
     at = "minutes of training after which to sample, ascending"
     parser.add_argument("--at", type=float, nargs="+", required=True, help=at)
     parser.add_argument("--samples", type=int, required=True, help="samples each time")
-    sampler = "which sampler of the baseline draws them"
-    parser.add_argument("--sampler", choices=("fast", "default"), default="fast", help=sampler)
     parser.add_argument("--batch_size", type=int, help="batch size (default: the baseline's own)")
-    parser.add_argument("--bf16", action="store_true", help="train and sample under bf16 autocast")
+    precision = "of training and sampling, by autocast (default: the faster one)"
+    choices = ("faster", *PRECISIONS)
+    parser.add_argument("--precision", choices=choices, default="faster", help=precision)
+    fixed = "count a training step as so many seconds, as measured when nothing else ran"
+    parser.add_argument("--seconds_per_step", type=float, help=fixed)
     parser.add_argument("--out", type=Path, required=True, help="folder for the samples")
     return parser.parse_args(arguments)
 

@@ -4,8 +4,10 @@ python benchmarks/baselines.py --data_dir PATH [--only diffusers] [--minutes 30]
 
 Each baseline is installed as its README says, from the package index into an environment of its own
 (PIP_CONSTRAINT or --constraint pins versions), and trained by benchmarks/baseline_recipes.py on the
-items that train.py trains on. The clock of its training stops while it samples. For evaluate.py
---samples there are OUT/<baseline>/<minutes>.npz; the rows of the table are in OUT/baselines.json.
+items that train.py trains on, in fp32 or bf16, whichever is faster here. It is sampled by its own
+sampler and by a fast one, if it has one, and the clock of its training stops meanwhile. For
+evaluate.py --samples there are OUT/<baseline>/<minutes>-<steps>.npz; the rows of the table are in
+OUT/baselines.json.
 """
 
 import json
@@ -17,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from _common import make_parser
-from baseline_recipes import BASELINES
+from baseline_recipes import BASELINES, PRECISIONS
 
 from ddp.data import load_dataset
 from ddp.io.cli import add_flag, command
@@ -73,11 +75,11 @@ def measure(baseline, images, args):
     minutes = {m for m in args.at if m < args.minutes} | {args.minutes}
     words = [python, Path(__file__).with_name("baseline_recipes.py"), baseline]
     words += ["--dataset", args.dataset, "--images", images, "--device", args.device]
-    words += ["--out", out, "--samples", args.samples, "--sampler", args.sampler]
+    words += ["--out", out, "--samples", args.samples, "--precision", args.precision]
     if args.batch_size:
         words += ["--batch_size", args.batch_size]
-    if args.bf16:
-        words.append("--bf16")
+    if args.seconds_per_step:
+        words += ["--seconds_per_step", args.seconds_per_step]
     words += ["--at", *sorted(minutes)]
     for line in run_lines(words, log):
         yield json.loads(line)
@@ -88,8 +90,8 @@ def line_of(row):
     sampler = "{name}, {steps} steps".format(**row["sampler"])
     return (
         f"{row['baseline']:<15} {row['minutes']:7g} {row['steps']:7d} {row['images']:10,} "
-        f"{row['images_per_second']:10.1f} {row['parameters']:11,}  {sampler:<27} "
-        f"{1000 * row['seconds_per_sample']:9.1f} {1000 * row['default_seconds_per_sample']:10.1f}"
+        f"{row['images_per_second']:10.1f} {row['parameters']:11,} {row['precision']:<5} "
+        f"{sampler:<27} {1000 * row['seconds_per_sample']:9.1f}"
     )
 
 
@@ -105,10 +107,12 @@ def parse(arguments=None):
     default_at = [1, 2, 5, 10, 20, 30]
     add_flag(parser, "at", type=float, nargs="+", default=default_at, metavar="MINUTES", help=at)
     add_flag(parser, "samples", type=int, default=2000, help="samples each time (default: 2000)")
-    sampler = "which sampler of the baseline draws them (default: fast)"
-    add_flag(parser, "sampler", choices=("fast", "default"), default="fast", help=sampler)
     add_flag(parser, "batch_size", type=int, help="batch size (default: the baseline's own)")
-    add_flag(parser, "bf16", action="store_true", help="train and sample under bf16 autocast")
+    precision = "of training and sampling, by autocast (default: the faster one)"
+    choices = ("faster", *PRECISIONS)
+    add_flag(parser, "precision", choices=choices, default="faster", help=precision)
+    fixed = "count a training step as so many seconds, as measured when nothing else ran"
+    add_flag(parser, "seconds_per_step", type=float, help=fixed)
     add_flag(parser, "device", default="auto", help="auto, cpu, cuda (default: auto)")
     add_flag(parser, "constraint", type=Path, help="a file of package versions for pip")
     add_flag(parser, "out", type=Path, default=Path("baselines"), help="folder for the results")
@@ -124,7 +128,7 @@ def check(args):
     for name in args.only:
         if name not in known:
             raise ValueError(f"only={name}: for {args.dataset} there are {', '.join(known)}")
-    for name in ("minutes", "at", "samples", "batch_size"):
+    for name in ("minutes", "at", "samples", "batch_size", "seconds_per_step"):
         value = getattr(args, name)
         if value is not None and np.min(value) <= 0:
             raise ValueError(f"{name}={np.min(value):g}: expected more than 0")
@@ -142,8 +146,8 @@ def compare(args):
         images = Path(folder, "images.npy")
         np.save(images, dataset.train.numpy())
         print(
-            "baseline        minutes   steps     images  a second  parameters  sampler"
-            "                      ms/sample  by default",
+            "baseline        minutes   steps     images  a second  parameters in    sampler"
+            "                      ms/sample",
             flush=True,
         )
         for baseline in args.only:

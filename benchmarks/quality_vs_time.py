@@ -1,17 +1,20 @@
 """Quality against minutes of training: DDP and other packages, on the same data and cores.
 
-python benchmarks/quality_vs_time.py --data_dir PATH [--ours 1 2 5 10] [--minutes 30 --at 10]
+python benchmarks/quality_vs_time.py --data_dir PATH [--ours 2 10] [--minutes 10]
 
-Each budget in --ours is a run of train.py of its own, since its learning rate falls to the end; a
-baseline is one run, looked at on the way (benchmarks/baselines.py). All samples are files, measured
-by evaluate.py --samples. Prints a table and writes it to JSON, with a figure and the first samples.
+Each budget in --ours is a run of train.py of its own, since its learning rate falls to the end; so
+is each budget of a baseline whose recipe anneals, any other is looked at on the way
+(benchmarks/baselines.py). Figures are relative to real items in the place of samples, in the
+features of the classifier of evaluate.py, of the images as they are and of the images with their
+background removed: how dark the paper is counts for as much as what is written on it. Every row is
+of one training. Prints a table and writes it to JSON, with a figure and the first samples.
 """
 
+import itertools
 import json
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import baselines
@@ -19,16 +22,17 @@ import numpy as np
 import torch
 from _common import ROOT, make_parser, write_json
 from matplotlib.ticker import NullLocator
+from samplers import FIGURES, Judge
 
 from ddp.data import load_dataset
 from ddp.io.checkpoint import read_checkpoint
 from ddp.io.cli import add_flag, command, require_at_least
-from ddp.io.figures import chart, grid, side_by_side
+from ddp.io.figures import chart, grid, save_png, side_by_side
 from ddp.metrics.evaluate import MIN_ITEMS
+from ddp.sampling import DEFAULT_SAMPLER
 
 SHOWN = 32  # samples of each row in the image
 COLUMNS = 4
-MEASURES = ("fd", "coverage", "confident")  # in the classifier's features
 
 
 def run_script(script, *flags):
@@ -42,17 +46,17 @@ def run_script(script, *flags):
     return result.stdout
 
 
-def checkpoint_path(minutes, args):
-    return args.out / f"ours-{minutes:g}" / "model.pth"
+def checkpoint_path(minutes, precision, args):
+    return args.out / f"ours-{minutes:g}-{precision}" / "model.pth"
 
 
-def our_rows(minutes, args):
+def our_rows(minutes, precision, args):
     """Train for so many minutes, all that train.py does counted; yield a row for each of steps."""
-    checkpoint = checkpoint_path(minutes, args)
+    checkpoint = checkpoint_path(minutes, precision, args)
     if not checkpoint.exists():
-        data = ["--dataset", args.dataset, "--data_dir", args.data_dir]
-        folder = ["--out_dir", args.out, "--name", checkpoint.parent.name]
-        run_script("train.py", *data, "--max_minutes", minutes, *folder)
+        flags = ["--dataset", args.dataset, "--data_dir", args.data_dir, "--precision", precision]
+        flags += ["--out_dir", args.out, "--name", checkpoint.parent.name]
+        run_script("train.py", *flags, "--max_minutes", minutes)
     state = read_checkpoint(checkpoint)
     images_per_second = state["step"] * state["config"]["batch_size"] / (60 * minutes)
     for steps in args.steps:
@@ -62,12 +66,22 @@ def our_rows(minutes, args):
         printed = run_script("generate.py", "--checkpoint", checkpoint, *flags)
         samples_per_second = float(re.search(r"([\d.]+) a second", printed)[1])
         yield {
-            "who": f"ours, {steps} steps",
+            "who": "ours",
             "minutes": minutes,
+            "steps": state["step"],
             "file": str(file),
             "images_per_second": images_per_second,
+            "parameters": count_parameters(state["ema"]),
+            "precision": precision,
+            "sampler": {"name": DEFAULT_SAMPLER, "steps": steps},
             "seconds_per_sample": 1 / samples_per_second,
         }
+
+
+def count_parameters(weights):
+    """Return how many numbers a network's weights have, without what BatchNorm has averaged."""
+    names = [name for name in weights if "running_" not in name and "num_batches" not in name]
+    return sum(weights[name].numel() for name in names if weights[name].is_floating_point())
 
 
 def baseline_args(args):
@@ -77,8 +91,6 @@ def baseline_args(args):
     flags += ["--environments", args.environments, "--only", *args.only, "--at", *args.at]
     if args.constraint:
         flags += ["--constraint", args.constraint]
-    if args.bf16:
-        flags.append("--bf16")
     return baselines.parse([str(flag) for flag in flags])
 
 
@@ -86,7 +98,8 @@ def baseline_rows(args):
     """Return the rows of the baselines, measured by benchmarks/baselines.py or as it left them."""
     if not args.reuse:
         baselines.main(baseline_args(args))
-    keys = ("minutes", "file", "images_per_second", "seconds_per_sample", "sampler", "recipe")
+    keys = ("minutes", "steps", "file", "images_per_second", "parameters", "precision", "sampler")
+    keys += ("seconds_per_sample", "recipe")
     rows = []
     for measured in measured_baselines(args):
         row = {"who": measured["baseline"]}
@@ -128,8 +141,8 @@ def check(args):
     if args.reuse:
         check_reused(args)
         return
-    for minutes in args.ours:
-        folder = checkpoint_path(minutes, args).parent
+    for minutes, precision in itertools.product(args.ours, args.precisions):
+        folder = checkpoint_path(minutes, precision, args).parent
         if folder.exists():
             raise ValueError(f"{folder} exists; choose another out, or reuse it")
 
@@ -146,44 +159,58 @@ def check_reused(args):
             raise ValueError(f"reuse: {row['file']} has {count} samples, not {args.samples}")
 
 
-def with_quality(row, args):
-    """Return the row with what evaluate.py says of its samples."""
-    flags = ["--dataset", args.dataset, "--data_dir", args.data_dir, "--metrics", "classifier"]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder, "evaluation")
-        run_script("evaluate.py", "--samples", row["file"], *flags, "--out", out)
-        evaluation = json.loads((out / "evaluation.json").read_text())
-    measured = evaluation["subjects"][0]["classifier"]
-    return row | {name: measured[name] for name in MEASURES}
+def read_images(file):
+    """Return the images in an .npz, uint8 (N, C, H, W)."""
+    images = torch.from_numpy(read_samples(file))
+    return images.reshape(*images.shape[:3], -1).movedim(-1, 1)
+
+
+def without_background(images):
+    """Return uint8 images (N, C, H, W) whose border is 0 at its median; what is 255 stays so."""
+    sides = (images[..., 0, :], images[..., -1, :], images[..., 0], images[..., -1])
+    border = torch.cat(sides, dim=-1).float()  # (N, C, pixels)
+    level = border.median(dim=-1).values[..., None, None]  # (N, C, 1, 1)
+    stretched = (images - level) * 255 / (255 - level).clamp_min(1)
+    return stretched.clamp(0, 255).round().byte()
+
+
+def with_quality(row, judge):
+    """Return the row with its figures, plain and without background, relative to real items."""
+    images = read_images(row["file"])
+    row = row | {"plain": judge.relative(images)}
+    if judge.real_images_are_dark:  # else a border is no background
+        row["no_background"] = judge.relative(without_background(images))
+    return row
 
 
 def line_of(row):
     """Return a row of the table as text."""
-    fd = row["fd"]["samples"]
-    relative = row["fd"]["relative_to_real"]
-    ratio = relative["value"] if relative else float("nan")
-    coverage = row["coverage"]["samples"]["value"]
-    confident = row["confident"]["samples"]["value"]
+    sampler = "{name}, {steps}".format(**row["sampler"])
+    cells = []
+    for kind in ("plain", "no_background"):
+        figures = row.get(kind, {})
+        cells.append(" ".join(f"{figures.get(name, float('nan')):9.3f}" for name in FIGURES))
     return (
-        f"{row['who']:<16} {row['minutes']:7g} {row['images_per_second']:10.1f} "
-        f"{1000 * row['seconds_per_sample']:10.2f} {fd['value']:9.3f} ± {fd['error']:.3f} "
-        f"{ratio:8.1f} {coverage:9.3f} {confident:10.3f}"
+        f"{row['who']:<15} {row['minutes']:7g} {row['steps']:6d} {row['images_per_second']:9.1f} "
+        f"{row['parameters']:10,} {row['precision']:<5} {sampler:<20} "
+        f"{1000 * row['seconds_per_sample']:9.2f} {' '.join(cells)}"
     )
 
 
 def plot(rows):
     """Return a Figure of the Frechet distance against minutes of training."""
-    label = "Frechet distance (FD) in classifier features"
+    kind = "no_background" if "no_background" in rows[0] else "plain"
+    label = f"FD, {kind.replace('_', ' ')}, relative to real items"
     figure, axes = chart(4.5, xlabel="minutes of training", ylabel=label)
     curves = {}  # who -> minutes, distances
     for row in rows:
-        minutes, distances = curves.setdefault(row["who"], ([], []))
+        name = "{who}, {precision}, {sampler[name]}, {sampler[steps]} steps".format(**row)
+        minutes, distances = curves.setdefault(name, ([], []))
         minutes.append(row["minutes"])
-        distances.append(row["fd"]["samples"]["value"])
+        distances.append(row[kind]["fd"])
     for who, (minutes, distances) in curves.items():
         axes.loglog(minutes, distances, "o-", label=who)
-    real_vs_real = rows[0]["fd"]["real_vs_real"]["value"]
-    axes.axhline(real_vs_real, color="gray", linestyle=":", label="real vs real")
+    axes.axhline(1, color="gray", linestyle=":", label="real vs real")
     ticks = sorted({row["minutes"] for row in rows})
     axes.set_xticks(ticks, [f"{minutes:g}" for minutes in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
@@ -197,8 +224,11 @@ def parse(arguments=None):
     add_flag(parser, "dataset", default="mnist", help=data)
     add_flag(parser, "data_dir", default="data", help="where datasets lie (default: data)")
     minutes = {"type": float, "metavar": "MINUTES"}
-    ours = "minutes of training of each DDP run (default: 1 2 5 10)"
-    add_flag(parser, "ours", nargs="*", default=[1, 2, 5, 10], help=ours, **minutes)
+    ours = "minutes of training of each DDP run (default: 2 10)"
+    add_flag(parser, "ours", nargs="*", default=[2, 10], help=ours, **minutes)
+    precisions = "of training, of each budget of DDP (default: auto)"
+    choices = ("auto", "fp32", "bf16")
+    add_flag(parser, "precisions", nargs="+", choices=choices, default=["auto"], help=precisions)
     steps = "sampling steps of DDP"
     add_flag(parser, "steps", type=int, nargs="+", default=[20, 10], metavar="N", help=steps)
     add_flag(parser, "minutes", default=30, help="minutes of a baseline's training", **minutes)
@@ -206,7 +236,6 @@ def parse(arguments=None):
     add_flag(parser, "at", nargs="+", default=[10], help=at, **minutes)
     only = "baselines to measure (default: all of the dataset; without a name: none)"
     add_flag(parser, "only", nargs="*", metavar="BASELINE", help=only)
-    add_flag(parser, "bf16", action="store_true", help="run the baselines under bf16 autocast")
     reuse = "use what an earlier call trained in the folder of results"
     add_flag(parser, "reuse", action="store_true", help=reuse)
     add_flag(parser, "samples", type=int, default=2000, help="samples of each row (default: 2000)")
@@ -219,8 +248,8 @@ def parse(arguments=None):
 
 def all_rows(args):
     """Yield the rows of DDP and of the baselines, each when it is there."""
-    for minutes in args.ours:
-        yield from our_rows(minutes, args)
+    for minutes, precision in itertools.product(args.ours, args.precisions):
+        yield from our_rows(minutes, precision, args)
     if args.only:
         yield from baseline_rows(args)
 
@@ -230,19 +259,22 @@ def main(args):
         args.only = list(baselines.BASELINES.get(args.dataset, {}))
     check(args)
     args.out.mkdir(parents=True, exist_ok=True)
+    judge = Judge(load_dataset(args.dataset, args.data_dir), "test", args.samples)
     rows = []
     grids = {}  # title -> image
+    figures = " ".join(f"{name:>9}" for name in FIGURES)
+    print(f"{'':<88} {'plain':<29} without background")
     print(
-        f"{'who':<16} minutes   images/s  ms/sample                FD  to real  coverage  confident"
+        f"{'who':<15} minutes  steps  images/s parameters in    {'sampler, steps':<20} ms/sample "
+        f"{figures} {figures}"
     )
     for row in all_rows(args):
-        rows.append(with_quality(row, args))
+        rows.append(with_quality(row, judge))
         print(line_of(rows[-1]), flush=True)
-        write_json(args.out / "quality_vs_time.json", {"rows": rows})
-        first = torch.from_numpy(read_samples(row["file"])[:SHOWN])
-        first = first.reshape(*first.shape[:3], -1).movedim(-1, 1)  # (N, C, H, W)
-        grids[f"{row['who']}, {row['minutes']:g} min"] = grid(first, COLUMNS)
-        side_by_side(grids.values(), grids).save(args.out / "samples.png")
+        write_json(args.out / "quality_vs_time.json", {"real": judge.floor, "rows": rows})
+        title = "{who}, {minutes:g} min, {sampler[steps]} steps".format(**row)
+        grids[title] = grid(read_images(row["file"])[:SHOWN], COLUMNS)
+        save_png(side_by_side(grids.values(), grids), args.out / "samples.png")
     plot(rows).savefig(args.out / "quality_vs_time.png")
     missing = set(args.only) - {row["who"] for row in rows}
     if missing:

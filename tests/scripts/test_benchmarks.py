@@ -15,13 +15,14 @@ import torch
 from conftest import ROOT
 from helpers import TINY, execute, refused, run
 
-from ddp.data import Dataset
+from ddp.data import Dataset, load_dataset, permutation
 from ddp.data.arrays import load_samples
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import baseline_recipes
 import baselines
 import quality_vs_time
+import samplers
 import schedules
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -53,14 +54,28 @@ def test_help(name, capsys):
 
 
 def test_samplers(folder):
-    flags = ["--checkpoint", "checkpoints/steps/model.pth", "--nfe", 1, 3, "--samples", 40]
-    out = run("samplers.py", *flags, "--seeds", 2, cwd=folder)
+    flags = ["--checkpoint", *["checkpoints/steps/model.pth"] * 2, "--samples", 40]
+    names = ["ddim", "heun", "ddpm"]
+    out = run("samplers.py", *flags, "--nfe", 1, 3, "--samplers", *names, cwd=folder)
     rows = read_json(folder / "samplers.json")["rows"]
     assert {row["nfe"] for row in rows} == {1, 3}
-    assert len(rows) == 2 * 10
+    assert len(rows) == 2 * 4  # ddim at two values of eta
     for row in rows:
-        assert f"{row['ratio']['value']:.3f} ± {row['ratio']['error']:.3f}" in out
+        value, error = row["score"]
+        assert f"{value:.3f} ± {error:.3f}" in out
+    best = max((row for row in rows if row["nfe"] == 3), key=lambda row: row["score"][0])
+    assert f"NFE 3: {best['sampler']}, score {best['score'][0]:.3f}" in out
     assert (folder / "samplers.png").stat().st_size > 1000
+
+
+def test_the_judge_of_samplers_gives_real_items_a_score_of_1():
+    dataset = load_dataset("digits")
+    judge = samplers.Judge(dataset, "test", 200)
+    held_out = dataset.train[permutation(0, 0, len(dataset.train))[200:400]]
+    ratios = judge.relative(held_out)
+    assert ratios["score"] == pytest.approx(1, abs=0.35)
+    noise = torch.randint(0, 256, held_out.shape, dtype=torch.uint8)
+    assert judge.relative(noise)["score"] < 0.2
 
 
 def test_schedules(folder):
@@ -152,12 +167,15 @@ class MadeUp(baseline_recipes.Diffusers):
 
     package = "torch"
     batch = 4
+    samplers = (("slow", 9), ("fast", 3))
+    anneals = False
 
     def __init__(self, feed):
         self.network = torch.nn.Linear(1, 1)
         self.batches = iter(feed)
 
-    def step(self):
+    def step(self, progress):
+        assert 0 <= progress < 1
         assert next(self.batches).shape[1:] == (1, 28, 28)
 
     def sample(self, count, sampler, steps):
@@ -172,7 +190,7 @@ class Learner(MadeUp):
         self.network = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.zeros_(self.network.weight)
 
-    def step(self):
+    def step(self, progress):
         self.network(torch.ones(1, 1)).sum().backward()
         torch.nn.init.ones_(self.network.weight)
 
@@ -196,7 +214,9 @@ def run_recipe(tmp_path, monkeypatch, capsys):
 
 
 def test_the_recipe_of_a_baseline(run_recipe):
-    first, second = run_recipe(MadeUp, "--samples", "3", "--at", "0.001", "0.002")
+    rows = run_recipe(MadeUp, "--samples", "3", "--at", "0.001", "0.002")
+    assert [row["sampler"]["name"] for row in rows] == ["slow", "fast"] * 2
+    first, second = rows[0], rows[2]
     assert 0.06 <= first["seconds"] < second["seconds"]
     assert second["seconds"] >= 0.12
     assert first["images"] / first["steps"] == pytest.approx(10 / 3, abs=0.1)
@@ -206,9 +226,39 @@ def test_the_recipe_of_a_baseline(run_recipe):
 
 
 def test_a_baseline_in_bf16_samples_by_what_it_has_learned(run_recipe):
-    (row,) = run_recipe(Learner, "--samples", "2", "--at", "0.0001", "--bf16")
+    row, _ = run_recipe(Learner, "--samples", "2", "--at", "0.0001", "--precision", "bf16")
+    assert row["precision"] == "bf16"
     items, _ = load_samples(row["file"], (1, 28, 28))
     assert (items == 255).all()
+
+
+ANNEALED = []  # runs of Annealer, each a list of how far its steps were
+
+
+class Annealer(MadeUp):
+    """A baseline whose learning rate falls to the end."""
+
+    anneals = True
+
+    def __init__(self, feed):
+        super().__init__(feed)
+        ANNEALED.append([])
+
+    def step(self, progress):
+        ANNEALED[-1].append(progress)
+
+
+def test_a_baseline_that_anneals_has_a_run_of_its_own_for_each_budget(run_recipe):
+    ANNEALED.clear()
+    flags = ["--at", "0.1", "0.2", "--precision", "fp32", "--seconds_per_step", "1.5"]
+    rows = run_recipe(Annealer, "--samples", "1", *flags)
+    assert [row["steps"] for row in rows] == [4, 4, 8, 8]  # whatever else the machine does
+    assert [[0, 0.25, 0.5, 0.75], [i / 8 for i in range(8)]] == ANNEALED
+
+
+def test_the_faster_precision_of_a_baseline_is_one_of_two(run_recipe):
+    row, _ = run_recipe(MadeUp, "--samples", "1", "--at", "0.0001")
+    assert row["precision"] in ("fp32", "bf16")
 
 
 @pytest.fixture
@@ -234,8 +284,8 @@ def test_baselines_that_fail_leave_the_others(compare, tmp_path):
         "parameters": 7,
         "images_per_second": 10.7,
         "sampler": {"name": "DDPM", "steps": 9},
+        "precision": "fp32",
         "seconds_per_sample": 0.5,
-        "default_seconds_per_sample": 2.5,
     }
     for baseline, words in {
         "lucidrains": "echo Traceback >&2; echo no memory >&2; exit 1",
@@ -293,6 +343,9 @@ def test_rows_of_baselines_are_reused_as_they_are(tmp_path, labeled_images):
     np.savez(tmp_path / "samples.npz", np.zeros((40, 28, 28), np.uint8))
     row = {
         "minutes": 1,
+        "steps": 1,
+        "parameters": 1,
+        "precision": "fp32",
         "file": str(tmp_path / "samples.npz"),
         "images_per_second": 1,
         "seconds_per_sample": 1,
@@ -333,6 +386,16 @@ def test_what_quality_vs_time_refuses(flags, name, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("gray", [0, 64, 200])
+def test_what_is_left_of_digits_on_gray_paper_without_the_background(gray):
+    digits = load_dataset("digits").test[:50].float()
+    digits[..., 0] = digits[..., -1] = 0
+    digits[..., 0, :] = digits[..., -1, :] = 0
+    on_paper = (gray + digits * (255 - gray) / 255).round().byte()
+    restored = quality_vs_time.without_background(on_paper)
+    assert (restored - digits).abs().max() <= 255 / (255 - gray)
+
+
 # ---- all of them, in one run ----
 
 
@@ -365,13 +428,14 @@ def test_quality_vs_time_of_ours(everything, tmp_path):
     folder, out = everything
     folder = folder / "quality_vs_time"
     rows = read_json(folder / "quality_vs_time.json")["rows"]
-    assert [row["who"] for row in rows] == ["ours, 20 steps", "ours, 10 steps"]
+    assert [(row["who"], row["sampler"]["steps"]) for row in rows] == [("ours", 20), ("ours", 10)]
     assert rows[0]["images_per_second"] > 0
-    assert f"{rows[0]['fd']['samples']['value']:.3f} ±" in out
+    assert rows[0]["parameters"] > 10_000
+    assert f"{rows[0]['plain']['fd']:9.3f}" in out
     names = {"samples.png", "quality_vs_time.png", "quality_vs_time.json"}
     assert names <= {path.name for path in folder.iterdir()}
     flags = ["--dataset", "digits", "--only", "--ours", 0.01, "--out", folder]
-    assert "ours-0.01 exists" in refused("quality_vs_time.py", *flags, cwd=tmp_path)
+    assert "ours-0.01-auto exists" in refused("quality_vs_time.py", *flags, cwd=tmp_path)
 
 
 @pytest.mark.slow
