@@ -4,7 +4,7 @@ The public names, in reading order. Those of files and figures are in ddp.io, th
 ddp.metrics.
 """
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 from ddp.schedule import SCHEDULES, SPACINGS, Schedule
 from ddp.noise_dist import NOISE_DISTS

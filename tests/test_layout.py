@@ -9,16 +9,20 @@ from conftest import ROOT
 # In the order in which a newcomer reads them; a module imports only modules above it.
 CORE = [
     *("schedule", "rng", "noise_dist", "forward", "reverse", "model", "loss", "sampling"),
-    *("optim", "learned_schedule", "training", "options", "config", "editing"),
+    *("optim", "learned_schedule", "validation", "planning", "training"),
+    *("options", "config", "editing"),
 ]
 DRAWERS = [
     "io.files",
-    *("data.dataset", "data.toy", "data.vision", "data.folder", "data", "data.arrays"),
-    *("io.edit_inputs", "io.device", "io.figures", "io.checkpoint"),
+    *("data.dataset", "data.files", "data.toy", "data.vision", "data.pixels", "data.layout"),
+    *("data.folder", "data", "data.arrays"),
+    *("io.edit_inputs", "io.device", "io.figures"),
+    *("io.archive", "io.schema", "io.checkpoint", "io.memory"),
     *("metrics.ode", "metrics.likelihood", "metrics.distances", "metrics.uncertainty"),
     *("metrics.features", "metrics.candidate", "metrics.likelihood_metrics"),
-    *("metrics.sample_metrics", "metrics.evaluate", "metrics.report"),
-    *("io.writer", "io.run_dir", "io.diagnostics", "io.cli"),
+    *("metrics.sample_metrics", "metrics.evaluate", "metrics.subjects", "metrics.report"),
+    *("io.run_lock", "io.run_dir", "io.run_writer", "io.progress"),
+    *("io.writer", "io.diagnostics", "io.terminal", "io.cli"),
 ]
 ORDER = CORE + DRAWERS
 DOCSTRING_ONLY = ["metrics", "io"]  # __init__.py of a drawer that offers no names
