@@ -176,8 +176,12 @@ class Edit:
 
 IMAGES = "an image, a folder or .zip of them, or an .npy or .npz"
 FAITHFUL = {"sampler": "ddim", "threshold": "none", "precision": "fp32"}
+WITHOUT_NOISE = "unipc"  # the sampler of edits in which new noise would get in the way
+
 EDITS = {
-    "image": Edit(sdedit, f"vary {IMAGES} (SDEdit)", title="varied"),
+    "image": Edit(
+        sdedit, f"vary {IMAGES} (SDEdit)", title="varied", defaults={"sampler": WITHOUT_NOISE}
+    ),
     "inpaint": Edit(
         repaint,
         f"fill in the mask of {IMAGES} (RePaint)",

@@ -73,15 +73,15 @@ class Importance:
         steps = schedule.timesteps
         bins = min(IMPORTANCE_BINS, steps or IMPORTANCE_BINS)
         self.loss_sq_ema = torch.ones(bins)
-        edges = torch.arange(bins + 1)  # (bins + 1,), in bins, then in steps
-        if not steps:
-            self.edges = edges.double() / bins  # in t
-            self.inner_levels = schedule.log_snr(self.edges[1:-1])  # (bins - 1,) between bins
-            return
-        first = -(-edges * steps // bins)  # the first step of each bin; the last is T
-        self.edges = first.double() / steps
-        inner = first[1:-1]
-        self.inner_levels = (schedule.table[inner - 1] + schedule.table[inner]) / 2
+        k = torch.arange(bins + 1)
+        if steps:
+            first = -(-k * steps // bins)  # the first step of bin k, k steps / bins rounded up
+            inner = first[1:-1]
+            self.edges = first.double() / steps  # (bins + 1,), in t
+            self.inner_levels = (schedule.table[inner - 1] + schedule.table[inner]) / 2
+        else:
+            self.edges = k.double() / bins
+            self.inner_levels = schedule.log_snr(self.edges[1:-1])  # (bins - 1,), between bins
 
     def __call__(self, schedule, u, per_log_snr=False):
         t = stratify(u.double())

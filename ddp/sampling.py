@@ -152,11 +152,11 @@ SAMPLERS = {
     "euler": Sampler(ddim, churn=True),
     "heun": Sampler(heun, churn=True, spacing="karras"),
     "dpmpp_2m": Sampler(dpmpp_2m),
-    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, stochastic=True, steps=100),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, stochastic=True),
     "unipc": Sampler(dpmpp_2m, corrector=unic_corrector),
     "ipndm": Sampler(ipndm),
 }
-DEFAULT_SAMPLER = "unipc"
+DEFAULT_SAMPLER = "dpmpp_2m_sde"  # measured in docs/sampling.md
 
 
 # ---- the denoiser, (x_t, log_snr ()) -> x0_hat: thresholding, CFG, autoguidance ----

@@ -198,8 +198,8 @@ class Schedule(nn.Module):
         else:
             betas = betas_from(entry.log_snr, self.timesteps)
         alpha2 = torch.cumprod(1 - betas.clamp(max=MAX_BETA), dim=0)
-        log_snr = torch.logit(alpha2)
-        return self.shift_and_rescale(log_snr, log_snr[0], log_snr[-1])
+        log_snr = torch.logit(alpha2) - self.offset
+        return self.rescale(log_snr, log_snr[0], log_snr[-1])
 
     def require_falling(self):
         """Raise ValueError when log_snr does not fall from t = 0 to t = 1, or is not a number."""
@@ -218,11 +218,11 @@ class Schedule(nn.Module):
                 f"{levels[-1]:.4g}, and does not fall at {(~falls).sum()} of {len(falls)} steps"
             )
 
-    def shift_and_rescale(self, log_snr, clean, noisy):
-        log_snr = log_snr - self.offset
-        if not self.zero_terminal_snr:
-            return log_snr
-        return zero_terminal(log_snr, clean - self.offset, noisy - self.offset)
+    def rescale(self, log_snr, clean, noisy):
+        return zero_terminal(log_snr, clean, noisy) if self.zero_terminal_snr else log_snr
+
+    def continuous(self, t):
+        return self.function(TIME_MARGIN + (1 - 2 * TIME_MARGIN) * t) - self.offset
 
     def log_snr(self, t):
         """Return log_snr, float64 on the CPU, at t (any shape, CPU) in [0, 1].
@@ -233,10 +233,9 @@ class Schedule(nn.Module):
         t = torch.as_tensor(t, dtype=torch.float64)
         if self.network is not None:
             return self.network(t) - self.offset
-        inner = TIME_MARGIN + (1 - 2 * TIME_MARGIN) * t
-        clean = self.function(TIME_MARGIN + (1 - 2 * TIME_MARGIN) * t.new_zeros(()))
-        noisy = self.function(TIME_MARGIN + (1 - 2 * TIME_MARGIN) * t.new_ones(()))
-        return self.shift_and_rescale(self.function(inner), clean, noisy)
+        clean = self.continuous(t.new_zeros(()))
+        noisy = self.continuous(t.new_ones(()))
+        return self.rescale(self.continuous(t), clean, noisy)
 
     def step_at(self, t):
         """Return the index into `table` of time t, floor(t T).
@@ -277,15 +276,14 @@ class Schedule(nn.Module):
                 f"steps={steps} is more than timesteps={self.timesteps}; "
                 f"use at most {self.timesteps}"
             )
-        levels = lookup(SPACINGS, spacing, "spacing")(
-            self, steps
-        )  # (steps,), from the noisiest level
+        space = lookup(SPACINGS, spacing, "spacing")
+        levels = space(self, steps)  # (steps,), from the noisiest level
         if not (levels.diff() > 0).all():
             raise ValueError(
                 f"schedule={self.name}, spacing={spacing}, steps={steps}: the levels do not rise; "
                 "use fewer steps, or a model whose training did not diverge"
             )
-        return F.pad(levels.cpu(), (0, 1), value=math.inf)  # the clean level comes last
+        return F.pad(levels, (0, 1), value=math.inf)  # the clean level comes last
 
 
 # ---- how the levels of a sampling grid are spaced: (schedule, steps) -> (steps,) log_snr ----

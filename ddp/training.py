@@ -286,8 +286,8 @@ class Trainer:
 
         Raises ValueError when something does not fit, or cannot be."""
         least = validation.least_loss(self)
-        if not (state["best"] is None or least <= state["best"] < math.inf):
-            raise ValueError(f"best={state['best']}: expected a loss, {least:g} or more")
+        if not (state["best"] is None or least < state["best"] < math.inf):
+            raise ValueError(f"best={state['best']}: expected a loss, more than {least:g}")
         if not 0 <= state["seconds"] < math.inf:
             raise ValueError(f"seconds={state['seconds']}: expected 0 or more")
         self.ema.load_state_dict(state["ema"])

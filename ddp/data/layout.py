@@ -65,15 +65,20 @@ def split_of(folder):
 def find_splits(names):
     """(name -> (split or None, folders), lines of text) of images; those in no split are left out.
 
-    There are splits when some folders `train` and `test`, or `val`, lie in one folder, or when
-    every image lies in one of such names. Without `test`, `val` is for testing."""
+    There are splits when some folders `train` and `test`, or `val`, lie in one folder, or in each
+    of several, or when every image lies in one of such names. Without `test`, `val` is for
+    testing."""
     folders = {name: PurePosixPath(name).parent.parts for name in names}
     for depth in range(max(map(len, folders.values()), default=0)):
         splits = {name: split_of(f[depth]) for name, f in folders.items() if len(f) > depth}
         splits = {name: split for name, split in splits.items() if split is not None}
-        above = {folders[name][:depth] for name in splits}  # classes, if there are several
-        is_split = TRAIN in splits.values() and len(set(splits.values())) > 1
-        if is_split and (len(above) == 1 or len(splits) == len(folders)):
+        above = defaultdict(set)  # folder -> the splits in it; several such folders are classes
+        for name, split in splits.items():
+            above[folders[name][:depth]].add(split)
+        kinds = set(splits.values())
+        is_alike = all(kinds == of_folder for of_folder in above.values())
+        is_split = TRAIN in kinds and len(kinds) > 1
+        if is_split and (is_alike or len(splits) == len(folders)):
             break
     else:
         return {name: (None, f) for name, f in folders.items()}, []

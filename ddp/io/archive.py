@@ -103,9 +103,11 @@ class Machine:
         self.archive = archive  # a ZipFile
         self.entries = entries  # name -> ZipInfo
         self.storages = {}  # key -> (numel,) tensor
-        # a storage that two tensors share, as tied weights do, counts twice
+        # what stands in two places, as tied weights do, counts twice: a few bytes that stand in a
+        # million would keep all busy that goes through the tree
         storages = (info for name, info in entries.items() if name.startswith("data/"))
-        self.bytes_left = 2 * sum(info.file_size for info in storages)
+        self.bytes_left = 2 * sum(info.file_size for info in storages)  # of tensors
+        self.text_left = 2 * entries["data.pkl"].file_size  # characters
         self.operations_left = MAX_OPERATIONS + OPERATIONS_PER_ENTRY * len(entries)
 
     def run(self):
@@ -200,9 +202,7 @@ class Machine:
             raise ValueError("it has a tensor of no shape")
         if len(size) != len(stride) or not is_dense(size, stride):
             raise ValueError("it has a tensor whose numbers overlap or have gaps")
-        count = math.prod(size)
-        self.bytes_left -= count * storage.itemsize
-        if offset + count > storage.numel() or self.bytes_left < 0:
+        if offset + math.prod(size) > storage.numel():
             raise ValueError("it has a tensor that is larger than what the file holds of it")
         return storage.as_strided(size, stride, offset)
 
@@ -212,10 +212,18 @@ class Machine:
         if depth > MAX_DEPTH or self.visits_left < 0:
             raise ValueError("its dicts and lists are nested too deeply")
         if type(value) in (dict, list, tuple):
+            for key in value if type(value) is dict else ():
+                self.require_plain(key, depth + 1)
             for part in value.values() if type(value) is dict else value:
                 self.require_plain(part, depth + 1)
         elif type(value) not in PLAIN_TYPES or (type(value) is int and abs(value) >= 2**63):
             raise ValueError("it holds more than tensors and plain types")
+        elif type(value) is str:
+            self.text_left -= len(value)
+        elif type(value) is torch.Tensor:
+            self.bytes_left -= value.nbytes
+        if min(self.bytes_left, self.text_left) < 0:
+            raise ValueError("its tensors or texts are larger than what the file holds of them")
 
 
 def unpack(value, count):

@@ -122,7 +122,7 @@ def read_checkpoint(path):
     Raises OSError, saying why, for anything but a whole checkpoint."""
     path = Path(path)
     if path.is_dir():
-        raise OSError(f"{path} is a folder; give a checkpoint in it, such as {path / 'last.pth'}")
+        raise OSError(f"{path} is a folder without a model.pth or last.pth; give a run's folder")
     if not path.is_file():
         names = sorted(other.name for other in path.parent.glob("[!.]*.pth"))  # not half written
         others = printable(", ".join(names) or "none", 300)
@@ -282,13 +282,15 @@ def restore(trainer, state):
     if theirs != ours:
         raise OSError(
             f"the run was trained on data with fingerprint {theirs}, this has {ours}; "
-            "set data_dir to the folder that it was trained on"
+            "give it the data that it was trained on"
         )
     with misfit_is_os_error("the checkpoint does not fit its own config"):
         require_same("ema", state["ema"], trainer.ema.state_dict())
         require_same("model", state["model"], trainer.model.state_dict())
         if trainer.noise_dist_learns:
             require_same("noise_dist", state["noise_dist"], trainer.noise_dist.state_dict())
+        if len(state["optimizer"]) != len(trainer.optimizers):
+            raise ValueError(f"it has {len(state['optimizer'])} optimizers")
         for optimizer, saved in zip(trainer.optimizers, state["optimizer"], strict=True):
             require_moments(optimizer, saved["state"], state)
         trainer.load_state_dict(state)

@@ -4,7 +4,7 @@ import dataclasses
 
 from ddp.data.arrays import load_mask, read_items, read_latents
 from ddp.data.files import counted
-from ddp.editing import EDITS, FRAMES, EditInputs
+from ddp.editing import EDITS, FRAMES, WITHOUT_NOISE, EditInputs
 from ddp.sampling import SAMPLERS
 
 DEFAULT_COUNT = 64  # samples, where nothing says how many
@@ -32,7 +32,8 @@ def check_edit(sampler, name, path, mask=None, strength=None, **jumps):
     if edit.deterministic and (stochastic or sampler.eta or sampler.s_churn):
         raise ValueError(f"{name} needs a sampler without noise: no eta, no s_churn, not ddpm")
     if not path:  # the defaults are for the user's items
-        return sampler
+        quiet = sampler.sampler or ("ddim" if sampler.eta is not None else WITHOUT_NOISE)
+        return dataclasses.replace(sampler, sampler=quiet)
     if edit.inverts and sampler.sampler not in (None, "ddim"):
         raise ValueError(f"sampler={sampler.sampler}: {name} inverts ddim, and no other")
     defaults = {k: v for k, v in edit.defaults.items() if getattr(sampler, k) is None}

@@ -137,7 +137,9 @@ def require_memory(config, dataset, device):
     if needed_by_least <= available:
         more = (available - needed_by_least) / (needed - needed_by_least)  # of what is asked for
         fits = least + int(more * (config.batch_size - least))
-        accumulation = -(-config.batch_size // fits) * config.grad_accumulation
+        parts = -(-config.batch_size // fits)  # in which the batch fits
+        accumulation = parts * config.grad_accumulation
+        fits = -(-config.batch_size // parts)  # as many items in all as were asked for
         advice = f"batch_size={fits} fits, with grad_accumulation={accumulation}"
     else:
         what += f" (and {least} takes {needed_by_least / 1e9:,.1f} GB)"

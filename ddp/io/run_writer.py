@@ -72,6 +72,7 @@ class RunWriter:
         self.latest_loss = math.nan  # the newest one that was looked at
         self.tidy(goes_on)
         self.flush_log()
+        self.warned = False  # `warn` may be set only now; the next try tells
         # of step_*.pth those that this run wrote: a file that a user put there stays
         saved = {f"step_{int(row['step']):08d}.pth" for row in rows if row["val_loss"]}
         self.numbered = [path for path in checkpoints(self.folder) if path.name in saved]
@@ -245,8 +246,8 @@ class RunWriter:
         Returns a line: what was done or, for a run is worth more than its pictures, what failed."""
         self.flush_log()
         paths = [self.folder / "samples" / f"step_{trainer.step:08d}.png", self.folder / "loss.png"]
-        rows = read_log(self.folder)
         try:
+            rows = read_log(self.folder)  # another program may hold it
             if rows:
                 atomic_write(paths[1], partial(save_png, to_pil(loss_curve(rows))))
             atomic_write(paths[0], partial(save_png, draw_samples(trainer)))
@@ -291,8 +292,11 @@ def read_log(folder):
     path = folder / "log.csv"
     if not path.is_file():
         return []
-    with open(path, newline="", errors="replace") as f:  # a crash writes anything
-        return [row for row in map(as_row, csv.DictReader(f)) if row]
+    rows = []
+    with open(path, newline="", errors="replace") as f, contextlib.suppress(csv.Error):
+        for cells in csv.DictReader(f):  # a crash writes anything, such as 1 MB of zeros
+            rows.append(as_row(cells))
+    return [row for row in rows if row]
 
 
 def as_row(cells):

@@ -123,7 +123,7 @@ def fixed_subset(items, labels, count):
 
 
 def fresh_labels(labels, count):
-    """`count` labels (count,) of a split, always the same, other ones than fixed_subset takes.
+    """`count` labels (count,) of a split, always the same, another draw than fixed_subset's.
 
     Where there are fewer, each is taken once before any is taken again."""
     rounds = range(math.ceil(count / len(labels)))

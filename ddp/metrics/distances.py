@@ -152,20 +152,22 @@ def nearest(a, b):
     Items of any type, uint8 too. The expanded square (|x|^2 - 2 x . y + |y|^2) is fast but rounded,
     so that an exact copy may lose to another item; the CLOSEST by it are measured one by one."""
     width = a[0].numel()
+    center = b[:100].flatten(1).float().mean(dim=0)  # far from 0 the squares are mostly rounding
     distances = []
     nearest_index = []
     for rows in blocks(len(a), width):
-        x = a[rows].flatten(1).float()  # (n, D)
+        x = a[rows].flatten(1) - center  # (n, D) float32
         values = []  # of each block of b the CLOSEST, (n, CLOSEST)
         index = []
         for columns in blocks(len(b), max(width, len(x))):
-            y = b[columns].flatten(1).float()  # (m, D)
+            y = b[columns].flatten(1) - center  # (m, D)
             squared = y.square().sum(dim=1) - 2 * x @ y.T  # (n, m), less |x|^2
             value, i = squared.topk(min(CLOSEST, len(y)), largest=False)
             values.append(value)
             index.append(i + columns.start)
         close = torch.cat(values, dim=1).topk(min(CLOSEST, len(b)), largest=False).indices
         close = torch.cat(index, dim=1).gather(1, close)  # (n, CLOSEST), indices into b
+        x = a[rows].flatten(1).float()  # as it is
         exact = [(x - b[i].flatten(1).float()).double().norm(dim=1) for i in close.unbind(dim=1)]
         distance, which = torch.stack(exact, dim=1).min(dim=1)  # (n,) each
         distances.append(distance)

@@ -18,6 +18,7 @@ from torch import nn
 from ddp.data.dataset import digest, permutation, to_float
 from ddp.io.checkpoint import read_archive
 from ddp.io.files import atomic_write
+from ddp.metrics.distances import prdc
 from ddp.metrics.uncertainty import Estimate
 
 VERSION = 2  # raise when classifier training changes: scores compare only within a version
@@ -25,6 +26,8 @@ WIDTH = 64  # features of the classifier
 EPOCHS = 40  # of its training, or 1500 steps, if these are fewer
 BATCH_SIZE = 128
 LEAST_ACCURACY = 0.85  # of a classifier whose features mean something
+MOST_NOISE = 0.5  # precision of noise by a classifier whose features mean something
+PROBES = 500  # items of noise, at most
 PART = 500  # items that become floats at a time
 FILTERS = 32  # random filters of each layer
 
@@ -278,7 +281,23 @@ def classifier_space(dataset, progress=iter, device="cpu", **_):
             f"the classifier has only {accuracy.value:.0%} of {count:,} held-out items right, so "
             "what it takes for real may be mush; look at filters"
         )
+    elif (fooled := noise_precision(classifier, dataset.test)) > MOST_NOISE:
+        weak = (
+            f"the classifier takes {fooled:.0%} of pure noise for real, so what else it takes for "
+            "real may be mush; look at filters"
+        )
     return Extractor(classifier.features, class_probs, about, weak)
+
+
+def noise_precision(classifier, items):
+    """Precision of noise among real items (N, C, H, W): of their own pixels, shuffled.
+
+    Classes that are easily told apart leave a classifier right, and blind to all else."""
+    items = items[:PROBES]
+    pixels = items.flatten(2)  # (n, C, H * W)
+    order = permutation(0, 0, pixels.shape[2])
+    noise = pixels[:, :, order].reshape(items.shape)
+    return prdc(classifier.features(noise), classifier.features(items))["precision"]
 
 
 def pixel_space(dataset, **_):

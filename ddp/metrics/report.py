@@ -4,11 +4,13 @@
 """
 
 import base64
+import contextlib
 import io
 import json
 import re
 import time
 from collections import namedtuple
+from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
@@ -139,14 +141,15 @@ def measure_and_report(candidates, reference, metrics, options, folder, command,
         finished.update(evaluation)
         finished["recipe"]["command"] = command
         finished["seconds"] = time.monotonic() - started
-        write_json(folder, finished)
+        with contextlib.suppress(OSError):  # a full disk; it is written again at the end
+            write_json(folder, finished)
 
     def report(evaluation, candidate, name):
-        keep(evaluation)
         (subject,) = [s for s in evaluation["subjects"] if s["name"] == candidate.name]
         title = f"{candidate.name}: " if len(candidates) > 1 else ""
         for table in subject_tables(subject, evaluation, name):
             tell("\n".join(table_lines([table._replace(title=title + table.title)])))
+        keep(evaluation)
 
     stopped = None
     try:
@@ -158,9 +161,11 @@ def measure_and_report(candidates, reference, metrics, options, folder, command,
         stopped = error
         reason = str(error) or type(error).__name__
         finished["warnings"].append(f"stopped before all was measured ({reason})")
-    write_report(folder, finished, candidates, reference)
-    lines = table_lines([table] if (table := comparison_table(finished)) else [])
-    tell("\n".join([*lines, *(f"warning: {warning}" for warning in finished["warnings"])]))
+    try:
+        write_report(folder, finished, candidates, reference)
+    finally:  # what cannot be written can be read here
+        lines = table_lines([table] if (table := comparison_table(finished)) else [])
+        tell("\n".join([*lines, *(f"warning: {warning}" for warning in finished["warnings"])]))
     return finished, stopped
 
 
@@ -203,7 +208,8 @@ def write_json(folder, evaluation):
 def write_report(folder, evaluation, candidates, reference):
     """Write evaluation.json, evaluation.html and the figures of the candidates as PNG.
 
-    What cannot be drawn becomes a warning: the numbers come first."""
+    What cannot be drawn, or written next to evaluation.json, becomes a warning: the numbers come
+    first. Raises OSError when these cannot be written."""
     figures = []  # of each candidate: caption -> PIL image
     for candidate in candidates:
         try:
@@ -212,12 +218,21 @@ def write_report(folder, evaluation, candidates, reference):
             figures.append({})
             evaluation["warnings"].append(f"{candidate.name}: the figures failed: {error}")
     write_json(folder, evaluation)
-    (folder / "evaluation.html").write_text(html_page(evaluation, figures), encoding="utf-8")
-    for i, (candidate, images) in enumerate(zip(candidates, figures, strict=True), start=1):
-        prefix = f"{i}-{candidate.name}-" if len(candidates) > 1 else ""
+    try:
+        write_figures(folder, evaluation, figures)
+    except OSError as error:
+        evaluation["warnings"].append(f"the page or a figure cannot be written: {error}")
+
+
+def write_figures(folder, evaluation, figures):
+    """Write evaluation.html, and a PNG of each figure; figures: of each subject, caption -> PIL."""
+    page = html_page(evaluation, figures)
+    atomic_write(folder / "evaluation.html", lambda path: path.write_text(page, encoding="utf-8"))
+    for i, (subject, images) in enumerate(zip(evaluation["subjects"], figures, strict=True), 1):
+        prefix = f"{i}-{subject['name']}-" if len(figures) > 1 else ""
         for caption, image in images.items():
             name = re.sub(r"[^\w.-]+", "_", prefix[:MAX_NAME] + caption.split(",")[0])
-            save_png(image, folder / f"{name}.png")
+            atomic_write(folder / f"{name}.png", partial(save_png, image))
 
 
 def html_table(table):

@@ -52,22 +52,9 @@ def feature_metrics(space, candidate, reference, options):
     and the ratio, 1 for samples as good as real items and None where it has no meaning. A space
     that knows classes adds class_tv, confident and what class_results gives."""
     real = real_features(space, reference, options)
-    resamples = FEW_RESAMPLES if real.items.shape[1] > MANY_FEATURES else RESAMPLES
-    estimates = {}  # name -> Estimate, of the samples
-    for items, numbers in ((reference.baseline, real.baseline), (candidate.samples, estimates)):
-        if numbers:  # the baseline's, which the first candidate has filled in
-            continue
-        if items is reference.baseline and len(items) < MIN_ITEMS:
-            continue  # the other split has next to nothing
-        features = real.extractor.features(items)  # (N, D)
-        others = real.items[: len(features)]  # as many
-        for distance in DISTANCES.values():
-            if FEATURES[space].kind in distance.kinds:
-                limits = {"resamples": resamples, "max_items": distance.max_items}
-                numbers.update(bootstrap(distance, features, others, **limits))
-        if real.class_probs is not None:
-            probs = real.extractor.class_probs(items)  # (N, classes); at last of the samples
-            numbers.update(bootstrap(class_measures, probs, real.class_probs[: len(probs)]))
+    if not real.baseline and len(reference.baseline) >= MIN_ITEMS:
+        real.baseline, _ = measure(space, reference.baseline, real)
+    estimates, probs = measure(space, candidate.samples, real)
     results = {}
     for name, estimate in estimates.items():
         baseline = real.baseline.get(name)
@@ -77,6 +64,23 @@ def feature_metrics(space, candidate, reference, options):
     if real.class_probs is not None:
         results |= class_results(candidate, reference, probs, real.class_probs)
     return results
+
+
+def measure(space, items, real):
+    """The distances of items to as many real ones, name -> Estimate; class_probs, or None."""
+    resamples = FEW_RESAMPLES if real.items.shape[1] > MANY_FEATURES else RESAMPLES
+    features = real.extractor.features(items)  # (N, D)
+    others = real.items[: len(features)]
+    estimates = {}
+    for distance in DISTANCES.values():
+        if FEATURES[space].kind in distance.kinds:
+            limits = {"resamples": resamples, "max_items": distance.max_items}
+            estimates |= bootstrap(distance, features, others, **limits)
+    if real.class_probs is None:
+        return estimates, None
+    probs = real.extractor.class_probs(items)  # (N, classes)
+    estimates |= bootstrap(class_measures, probs, real.class_probs[: len(probs)])
+    return estimates, probs
 
 
 def class_measures(probs, real_probs):

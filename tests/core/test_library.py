@@ -357,7 +357,7 @@ def test_an_entry_that_was_removed_is_unknown():
         ({"sampler": "nonsense"}, "sampler"),
         ({"spacing": "nonsense"}, "spacing"),
         ({"threshold": "nonsense"}, "threshold"),
-        ({"eta": 1.0}, "eta"),  # of unipc
+        ({"eta": 1.0}, "eta"),  # of the default sampler
         ({"s_churn": 1.0}, "s_churn"),
         ({"cfg_scale": 3.0}, "cfg_scale"),  # without a null label
         ({"steps": 0}, "steps"),

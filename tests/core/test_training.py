@@ -232,6 +232,14 @@ def test_impossible_figures_of_a_run_are_refused(name, value, schedule):
         trainer.load_state_dict({**trainer.state_dict(), name: value})
 
 
+def test_least_loss_of_zero_is_one_that_a_density_alone_can_have():
+    fixed = tiny_trainer(random_points())
+    with pytest.raises(ValueError, match="best=0"):  # nothing could be below it ever after
+        fixed.load_state_dict(fixed.state_dict() | {"best": 0.0})
+    learned = tiny_trainer(random_points(), schedule="learned")
+    learned.load_state_dict(learned.state_dict() | {"best": 0.0})
+
+
 def test_same_seed_is_the_same_run_and_another_is_another():
     losses = []
     for seed in (3, 3, 4):

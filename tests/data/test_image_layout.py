@@ -50,6 +50,14 @@ def test_split_stands_whatever_lies_beside_it(tmp_path, stray, top):
     assert "left out 1 image beside test/ and train/" in "\n".join(dataset.describe())
 
 
+@pytest.mark.parametrize("stray", ["cover.png", "extra/x.png", "train.png"])
+def test_split_below_each_class_stands_whatever_lies_beside_it(stray):
+    names = [f"{kind}/{split}/a.png" for kind in ("cat", "dog") for split in ("train", "test")]
+    splits, classes = arrange(*names, stray)
+    assert splits == {name: TEST if "test/" in name else TRAIN for name in sorted(names)}
+    assert classes == {name: name[:3] for name in names}
+
+
 @pytest.mark.parametrize(
     ("training", "testing"),
     [

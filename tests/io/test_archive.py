@@ -280,6 +280,21 @@ def test_a_storage_has_one_type(tmp_path):
         read_archive(write_program(tmp_path / "a.pth", program))
 
 
+@pytest.mark.parametrize("what", ["text", "key", "tensor"])
+def test_what_stands_in_many_places_counts_in_each(tmp_path, what):
+    """Its digest would be taken in each, for hours."""
+    text = b"X\x10\x27\x00\x00" + b"x" * 10_000
+    again = b"h\x07" * 1000
+    programs = {
+        "text": b"](" + text + b"q\x07" + again + b"e",
+        "key": b"](" + text + b"q\x07" + b"}h\x07K\x01s" * 1000 + b"e",
+        "tensor": b"](" + tensor_program()[2:-1] + b"q\x07" + again + b"e",
+    }
+    path = write_program(tmp_path / "a.pth", PROTO + programs[what] + END)
+    with pytest.raises(OSError, match="larger than what the file holds"):
+        read_archive(path)
+
+
 # ---- whatever the bytes are ----
 
 

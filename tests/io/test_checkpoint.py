@@ -404,7 +404,7 @@ def test_a_network_that_is_not_registered_is_named(trainer, state, tmp_path, mon
 def test_restore_refuses_other_data(trainer):
     other = make_trainer(batch_size=8)
     other.dataset = dataclasses.replace(other.dataset, train=other.dataset.train.flip(0))
-    with pytest.raises(OSError, match="data_dir"):
+    with pytest.raises(OSError, match="fingerprint"):
         restore(other, checkpoint_state(trainer))
 
 

@@ -198,6 +198,36 @@ def test_log_that_was_removed_is_begun_anew(tmp_path):
     assert [row["step"] for row in read_log(tmp_path)] == ["2"]
 
 
+def test_log_that_ends_in_zeros_is_read_up_to_there(tmp_path):
+    run = RunWriter(tmp_path)
+    run.log_step(stats(1))
+    run.flush_log()
+    with open(tmp_path / "log.csv", "ab") as f:
+        f.write(bytes(200_000))  # what a power cut leaves of a file that had grown
+    assert [row["step"] for row in read_log(tmp_path)] == ["1"]
+
+
+def test_log_that_cannot_be_read_is_a_warning(tmp_path, monkeypatch):
+    def locked(folder):
+        raise PermissionError(13, "Permission denied", str(folder / "log.csv"))
+
+    run = RunWriter(tmp_path)
+    monkeypatch.setattr(run_writer, "read_log", locked)
+    assert "warning: a picture cannot be written" in run.write_samples(make_trainer())
+
+
+def test_log_that_cannot_be_written_from_the_start_is_told_to_who_listens_later(tmp_path):
+    (tmp_path / "log.csv").mkdir()
+    run = RunWriter(tmp_path)
+    told = []
+    run.warn = told.append  # as train.py does
+    for step in (1, 2):
+        run.log_step(stats(step))
+        run.flush_log()
+    assert len(told) == 1
+    assert "log.csv cannot be written" in told[0]
+
+
 def test_log_of_a_run_that_saved_nothing_is_set_aside(tmp_path):
     with RunWriter(tmp_path / "a") as dead:
         dead.log_step(stats(1))

@@ -72,6 +72,15 @@ def test_kid_is_that_of_torchmetrics():
     assert distances.kid(a, b) == pytest.approx(published, rel=1e-9)
 
 
+def test_nearest_finds_copies_far_from_zero():
+    """White pictures that differ in one pixel: all squares are alike but for rounding."""
+    items = torch.full((784, 1, 28, 28), 255, dtype=torch.uint8)
+    items.view(784, 784).fill_diagonal_(254)
+    values, index = nearest(items[::2], items)
+    assert values.tolist() == [0] * 392
+    assert index.tolist() == list(range(0, 784, 2))
+
+
 @pytest.mark.parametrize("function", [distances.kid, mmd2_rbf])
 def test_mmd_has_no_bias(function):
     """On two halves of one set the mean is 0 within its error, and is not when one is moved."""

@@ -224,6 +224,15 @@ def spoil(images):
     }
 
 
+def test_classifier_that_takes_noise_for_real_is_called_weak(classifier, digits, monkeypatch):
+    """Easy classes leave it right in all, and blind to what a picture is."""
+    assert FEATURES["classifier"].build(digits).weak is None
+    monkeypatch.setattr(
+        features.Classifier, "features", lambda self, items: items.double().mean(dim=(2, 3))
+    )  # shuffled pixels have the same mean
+    assert "takes 100% of pure noise for real" in FEATURES["classifier"].build(digits).weak
+
+
 def test_filters_tell_mush_from_color_images():
     """A few hundred color images, of which no classifier can be trained."""
     images = color_images(900)

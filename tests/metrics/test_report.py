@@ -1,5 +1,7 @@
 """Tables, text and page of an evaluation."""
 
+import contextlib
+import errno
 import json
 import re
 from html.parser import HTMLParser
@@ -9,6 +11,7 @@ import torch
 from PIL import Image
 
 from ddp.data.dataset import Dataset
+from ddp.io.files import atomic_write
 from ddp.metrics import evaluate
 from ddp.metrics.candidate import Candidate, EvaluateOptions, Reference
 from ddp.metrics.evaluate import Metric, to_json
@@ -210,6 +213,32 @@ def test_numbers_outlive_figures_that_fail(tmp_path, monkeypatch):
     write_report(tmp_path, evaluation, [Candidate("c", {})], None)
     warnings = json.loads((tmp_path / "evaluation.json").read_text())["warnings"]
     assert warnings[-1] == "c: the figures failed: no such font"
+
+
+@pytest.mark.parametrize("full", ["png", "html", "json"])
+def test_numbers_outlive_a_full_disk(tmp_path, monkeypatch, full):
+    def write(path, write_file):
+        if path.suffix == f".{full}":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return atomic_write(path, write_file)
+
+    told = []
+    monkeypatch.setattr("ddp.metrics.report.atomic_write", write)
+    monkeypatch.setattr(evaluate, "METRICS", {"dark": Metric(dark), "again": Metric(dark)})
+    monkeypatch.setattr(evaluate, "OLD_METRICS", {})
+    items = torch.zeros(30, 1, 8, 8, dtype=torch.uint8)
+    options = EvaluateOptions(num_samples=20)
+    candidates = [Candidate(name, {}, samples=items) for name in ("c", "d")]
+    what = (candidates, Reference(Dataset("x", items, items), options), ["dark", "again"], options)
+    fails = pytest.raises(OSError, match="No space") if full == "json" else contextlib.nullcontext()
+    with fails:
+        _, stopped = measure_and_report(*what, tmp_path, "python x", False, told.append)
+        assert stopped is None
+    text = "\n".join(told)
+    assert all(part in text for part in ("c: dark", "d: again", "comparison"))
+    assert (tmp_path / "evaluation.json").exists() == (full != "json")
+    assert ("cannot be written" in text) == (full != "json")
+    assert not list(tmp_path.glob(".*"))
 
 
 class Tags(HTMLParser):

@@ -55,7 +55,7 @@ def test_evaluate_measures_a_checkpoint(trained, tmp_path, name):
     assert recipe["unit"] == ("bits/dim" if name == "digits" else "nats")
     assert (recipe["num_samples"], recipe["vlb_items"], recipe["nll_items"]) == (30, 30, 4)
     assert subject["about"]["steps"] == 3
-    assert subject["about"]["sampler"] == "unipc"
+    assert subject["about"]["sampler"] == "dpmpp_2m_sde"
     for time in ("discrete", "continuous"):
         terms = subject["vlb"][time]
         total = sum(terms[term]["value"] for term in ("prior", "diffusion", "reconstruction"))
@@ -222,7 +222,7 @@ def test_one_model_is_compared_under_two_samplers(trained, tmp_path):
     evaluation, text = evaluated(*flags, cwd=tmp_path)
     about = {subject["name"]: subject["about"] for subject in evaluation["subjects"]}
     assert list(about) == ["ddpm", "digits steps=2", "raw"]
-    assert [about[name]["sampler"] for name in about] == ["ddpm", "unipc", "unipc"]
+    assert [about[name]["sampler"] for name in about] == ["ddpm", "dpmpp_2m_sde", "dpmpp_2m_sde"]
     assert [about[name]["steps"] for name in about] == [4, 2, 3]
     assert [about[name]["weights"] for name in about] == ["ema", "ema", "raw"]
     files = [about[name]["checkpoint"].rsplit("/", 1)[1] for name in about]

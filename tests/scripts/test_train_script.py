@@ -669,7 +669,7 @@ def test_train_and_generate_with_every_option(files, tmp_path, line):
     run("train.py", *size, *limit, *line.format(**files).split(), cwd=tmp_path)
     (path,) = tmp_path.glob("*/*/model.pth")
     out = run("generate.py", "--checkpoint", path, "--num_samples", 4, cwd=tmp_path)
-    assert "unipc in 20 steps" in out
+    assert "dpmpp_2m_sde in 20 steps" in out
 
 
 def test_every_train_option_and_choice_is_used_by_a_test():
