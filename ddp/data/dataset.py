@@ -75,11 +75,6 @@ class Dataset:
         label = None if self.train_labels is None else self.train_labels[items]
         return to_float(self.train[items.to(self.train.device, non_blocking=True)]), label
 
-    def test_batch(self, indices):
-        """Return test items `indices` (B,): x0 (B, *event) float32, label (B,) or None."""
-        label = None if self.test_labels is None else self.test_labels[indices]
-        return to_float(self.test[indices]), label
-
     @property
     def selection_split(self):
         """The split that the best model is chosen on: "val" or, where there is none, "test"."""
