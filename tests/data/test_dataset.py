@@ -61,16 +61,9 @@ def test_batch_order_is_numpys_of_seed_and_epoch():
 
 def test_batch_without_labels_has_none():
     moons = load_dataset("moons")
-    for x0, label in (moons.batch(0, 0, 8), moons.test_batch(torch.arange(8))):
+    for x0, label in (moons.batch(0, 0, 8), moons.selection_items(torch.arange(8))):
         assert x0.shape == (8, 2)
         assert label is None
-
-
-def test_test_batch_holds_the_items_asked_for():
-    digits = load_dataset("digits")
-    x0, label = digits.test_batch(torch.tensor([5, 0]))
-    assert torch.equal(x0, to_float(digits.test[[5, 0]]))
-    assert torch.equal(label, digits.test_labels[[5, 0]])
 
 
 def test_to_moves_the_training_items_alone(numbered):
