@@ -12,8 +12,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # so that ddp is found from anywhere
 from ddp.io import cli
-from ddp.io.device import synchronize
 from ddp.optim import has_fast_bf16
+from ddp.planning import synchronize
 
 ROOT = Path(__file__).parent.parent  # of the repository
 

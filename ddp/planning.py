@@ -42,13 +42,13 @@ def time_trial(trainer, seconds):
     """Train for so many seconds; return the seconds of a step, and of what a save computes."""
     for _ in range(TRIAL_WARMUP):  # kernels are chosen, memory is allocated
         trainer.train_step(0.0)
-    wait_for(trainer.device)
+    synchronize(trainer.device)
     started = time.monotonic()
     count = 0
     while count < TRIAL_STEPS or time.monotonic() - started < seconds:
         trainer.train_step(0.0)
         count += 1
-    wait_for(trainer.device)
+    synchronize(trainer.device)
     trained = time.monotonic()
     trainer.recalibrated_ema()
     trainer.val_loss()
@@ -57,11 +57,11 @@ def time_trial(trainer, seconds):
         x0, label = trainer.training_batch(0, fitting_batch(trainer.dataset.event, shown))
         for _ in range(SAMPLING_STEPS):
             trainer.ema_loss(x0, label, 0, "test")
-    wait_for(trainer.device)
+    synchronize(trainer.device)
     return (trained - started) / count, time.monotonic() - trained
 
 
-def wait_for(device):
+def synchronize(device):
     """Wait until the device has done all that it was given; a CPU always has."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from ddp.schedule import MAX_LOG_SNR, MIN_LOG_SNR
+
 ACTIVATIONS = {
     "leaky_relu": lambda negative_slope: nn.LeakyReLU(negative_slope, inplace=True),
     "relu": lambda negative_slope: nn.ReLU(inplace=True),
@@ -28,7 +30,6 @@ NORMS = {  # (channels, spatial dimensions) -> a module
 }
 INITS = ("kaiming", "xavier", "default")
 FOURIER_FEATURES = 6  # of each coordinate of a point: periods of 2, 1, ..., 1/16 std
-MAX_LOG_SNR = 20.0  # beyond it all is signal or all is noise; keeps the embedding finite
 
 
 class Layers:
@@ -151,7 +152,7 @@ class NoiseEmbedding(nn.Module):
             self.label = nn.Embedding(num_classes + 1, 2 * n)
 
     def forward(self, log_snr, label=None):
-        angle = log_snr.clamp(-MAX_LOG_SNR, MAX_LOG_SNR)[..., None] * self.frequencies
+        angle = log_snr.clamp(MIN_LOG_SNR, MAX_LOG_SNR)[..., None] * self.frequencies
         features = torch.cat([angle.sin(), angle.cos()], dim=-1)  # (2 n,) or (B, 2 n)
         if self.num_classes:
             if label is None:

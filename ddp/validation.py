@@ -76,6 +76,8 @@ def is_diverged(trainer, loss):
     too, or the model is only overfitted."""
     if not math.isfinite(loss) or loss <= least_loss(trainer):
         return True
+    if trainer.best is not None and loss <= trainer.best:  # as most are: nothing to measure
+        return False
 
     def output_zero(x_t, log_snr, label):
         c_skip, _ = PREDICTIONS[trainer.model.prediction](*alpha_sigma(log_snr, x_t))

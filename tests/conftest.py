@@ -47,3 +47,19 @@ def seeded():
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with two short runs; for the tests of the scripts, which lie beside helpers.py."""
+    from helpers import trained_runs
+
+    return trained_runs(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """What an edit may be of, by name, for the tests of the scripts."""
+    from helpers import edit_files
+
+    return edit_files(tmp_path_factory)

@@ -42,12 +42,6 @@ def sampling_dtype(name, trained_in, device):
     return torch.bfloat16 if select_precision(name, device) == "bf16" else torch.float32
 
 
-def synchronize(device):
-    """Wait until the device has done all that it was given; a CPU always has."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
 def set_tf32(allowed):
     """Choose whether float32 products on a CUDA GPU may round their factors to TF32's 10 bits."""
     precision = "tf32" if allowed else "ieee"

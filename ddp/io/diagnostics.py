@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from torch.profiler import profile as record_profile
 
-from ddp.io.device import synchronize
 from ddp.io.figures import save_png, schedule_curve, to_pil
 from ddp.io.files import atomic_write, next_free_path
 from ddp.io.memory import training_memory
 from ddp.loss import WEIGHTINGS
+from ddp.planning import synchronize
 from ddp.rng import uniform
 from ddp.schedule import MIN_LOG_SNR
 

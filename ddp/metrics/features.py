@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddp.data.dataset import digest, permutation, to_float
-from ddp.io.checkpoint import read_archive
+from ddp.io.checkpoint import read_archive, require_same
 from ddp.io.files import atomic_write
 from ddp.metrics.distances import prdc
 from ddp.metrics.uncertainty import Estimate
@@ -199,7 +199,10 @@ def load_or_train_classifier(dataset, progress, device="cpu"):
         classifier = Classifier(dataset.event, count_outputs(dataset))
     try:
         state = read_archive(path)  # checks every CRC, reads tensors and plain types only
-        classifier.load_state_dict(check_weights(state, classifier.state_dict()), assign=True)
+        require_same("the classifier", state, classifier.state_dict())
+        if not all(weight.isfinite().all() for weight in state.values()):
+            raise ValueError("a weight of the classifier is not finite")
+        classifier.load_state_dict(state, assign=True)
         return classifier.to(device).eval().requires_grad_(False), path
     except Exception:  # there is none, or whatever damage may be: no file is worth a failure
         classifier = train_classifier(dataset, progress, device)
@@ -208,18 +211,6 @@ def load_or_train_classifier(dataset, progress, device="cpu"):
     except (OSError, RuntimeError):  # torch's zip writer raises the latter on a full disk
         path = None  # it is trained again next time
     return classifier, path
-
-
-def check_weights(state, expected):
-    """Return `state`, name -> tensor. ValueError unless it is like `expected`, and finite."""
-    fits = isinstance(state, dict) and state.keys() == expected.keys()
-    for name, wanted in expected.items():
-        weight = state[name] if fits else None
-        same_type = isinstance(weight, torch.Tensor) and weight.dtype == wanted.dtype
-        fits = same_type and weight.shape == wanted.shape and bool(weight.isfinite().all())
-        if not fits:
-            raise ValueError(f"{name} is not a weight of this classifier")
-    return state
 
 
 def inception(weights=None, device="cpu"):

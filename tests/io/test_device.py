@@ -10,8 +10,8 @@ from ddp.io.device import (
     select_device,
     select_precision,
     set_tf32,
-    synchronize,
 )
+from ddp.planning import synchronize
 
 CPU = torch.device("cpu")
 

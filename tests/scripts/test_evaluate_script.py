@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, SHORT, edit_files, execute, refused, run, trained_runs
+from helpers import DIGITS, SHORT, execute, refused, run
 from PIL import Image
 
 import evaluate as script
@@ -19,16 +19,6 @@ from ddp.metrics.evaluate import METRICS, OLD_METRICS, Metric
 
 FEW = ["--vlb_items", 30, "--num_samples", 30, "--nll_items", 4, "--vlb_samples", 2]
 FEW += ["--dequant_samples", 1, "--steps", 3]
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return trained_runs(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return edit_files(tmp_path_factory)
 
 
 def evaluated(*flags, cwd, out="e"):

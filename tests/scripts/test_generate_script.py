@@ -17,12 +17,10 @@ from conftest import ROOT
 from helpers import (
     DIGITS,
     SHORT,
-    edit_files,
     execute,
     read_arrays,
     refused,
     run,
-    trained_runs,
 )
 from PIL import Image
 
@@ -36,16 +34,6 @@ from ddp.io.figures import grid
 from ddp.options import SamplerOptions
 from ddp.sampling import SAMPLERS, THRESHOLDS, sample
 from ddp.schedule import SPACINGS
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return trained_runs(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return edit_files(tmp_path_factory)
 
 
 def generate(*flags, cwd, name="a"):

@@ -19,13 +19,11 @@ from helpers import (
     DIGITS,
     SHORT,
     TINY,
-    edit_files,
     execute,
     read_arrays,
     read_rows,
     refused,
     run,
-    trained_runs,
 )
 from PIL import Image
 
@@ -35,16 +33,6 @@ from ddp.io import run_writer
 from ddp.io.checkpoint import INFERENCE_KEYS, load_model, read_checkpoint
 from ddp.io.run_lock import RECORD, lock_folder, read_record
 from ddp.io.run_writer import RunWriter
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return trained_runs(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    return edit_files(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
