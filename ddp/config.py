@@ -7,11 +7,15 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ddp.augment import AUGMENTATIONS
+from ddp.blocks import ACTIVATIONS, NORMS
+from ddp.distributed import REDUCTIONS, default_shards
 from ddp.loss import LOSSES, WEIGHTINGS
 from ddp.model import PREDICTIONS
 from ddp.noise_dist import NOISE_DISTS
-from ddp.options import HIDDEN, check_fields, flag, image_size, integers, shown
-from ddp.reverse import ACTIVATIONS, INITS, NETWORKS, NORMS
+from ddp.options import HIDDEN, check_fields, count_or_auto, flag, image_size, integers, shown
+from ddp.presets import PRESETS
+from ddp.reverse import INITS, NETWORKS
 from ddp.schedule import SCHEDULES
 from ddp.training import LR_SCHEDULES
 
@@ -24,74 +28,30 @@ MAX_NAME = 200  # characters; file systems take 255, and something may come behi
 MAX_STEP_ITEMS = 2**24  # of which a step takes the mean; more are a slip of the keyboard
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
-# What is chosen for the data where nothing else is said: by the dataset's name, else "images" or
-# "points". Measured: docs/training.md. Deep and narrow won over wide at equal cost; channels are
-# multiples of 16, to which kernels pad.
-PRESETS = {
-    "digits": {
-        "channels_base": 16,
-        "blocks_per_level": 4,
-        "channel_mult": [2, 2],
-        "patch_size": 1,
-        "noise_copies": 2,  # few items gain from several noisy copies of each in a batch
-        "noise_dist": "stratified",
-    },
-    "images": {
-        "channels_base": 32,
-        "blocks_per_level": 3,
-        "channel_mult": [1, 2, 2],
-        "patch_size": 2,
-        "noise_copies": 1,
-        "noise_dist": "lognormal",
-    },
-    "points": {
-        "channels_base": 128,
-        "blocks_per_level": 4,
-        "channel_mult": [1],
-        "patch_size": 1,
-        "noise_copies": 8,
-        "noise_dist": "stratified",
-    },
-}
-PRESETS["mnist"] = PRESETS["images"] | {"blocks_per_level": 4, "channel_mult": [1, 2]}
-PRESETS["fashion_mnist"] = PRESETS["mnist"]
-
-# Names of before version 0.2, still read in checkpoints and as flags.
-OLD_NAMES = {
-    "levels": "noise_dist",
-    "width": "channels_base",
-    "depth": "blocks_per_level",
-    "multipliers": "channel_mult",
-    "patch": "patch_size",
-    "attention": "attention_resolutions",
-    "conditional": "class_cond",
-    "predict": "prediction",
-    "noise_draws": "noise_copies",
-    "keep": "keep_checkpoints",
-    "churn": "s_churn",
-    "clip": "threshold",
-    "guidance": "cfg_scale",
-    "guide": "guide_checkpoint",
-}
-OLD_VALUES = {
-    "noise_dist": {"normal": "lognormal", "log_normal": "edm"},
-    "weighting": {"bound": "vlb"},
-    "sampler": {"dpm++": "dpmpp_2m", "dpm++sde": "dpmpp_2m_sde"},
-}
-
 
 @dataclass
 class Config:
     """The hyper-parameters of a run. Raises ValueError for what is out of bounds or contradicts."""
 
     # data
-    dataset: str = flag("digits", "a dataset by name, or a folder or .zip of images")
+    dataset: str = flag(
+        "digits", "a dataset by name; images, a folder or .zip; arrays, .npy, .npz or a folder"
+    )
     data_dir: str = flag("data", "where downloaded datasets lie, or are put")
     image_size: list = flag(None, "size of images from a folder: N, or HxW", image_size)
-    channels: int = flag(None, "1 gray, 3 color (default: as the images are)", int, (1, 3))
-    test_fraction: float = flag(
-        None, "fraction of a folder to test on", float, above=0, at_most=0.5
+    channels: int = flag(
+        None,
+        "of images 1 gray, 3 color; of an array how many it has, where its shape leaves that open",
+        int,
+        at_least=1,
+        at_most=2**20,
     )
+    test_fraction: float = flag(
+        None, "fraction of a folder or file to test on", float, above=0, at_most=0.5
+    )
+    labels: str = flag(None, "labels of the items of an array: a .npy or .csv", str)
+    cache: str = flag(None, "keep decoded images of a folder in this folder, on disk", str)
+    augment: str = flag("none", "augmentation of training images", choices=AUGMENTATIONS)
     # length of the run
     epochs: float = flag(None, "passes over the data (default: 100)", float, above=0)
     max_steps: int = flag(None, "stop after this many steps", int, at_least=1)
@@ -122,6 +82,19 @@ class Config:
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "compute dtype of training", choices=PRECISIONS)
     compile: bool = flag(False, "use torch.compile; a resume drops it")
+    threads: int = flag(
+        0, "CPU threads; auto: what is fastest now", count_or_auto, at_least=0, at_most=2**12
+    )
+    # many processes, and memory
+    shards: int = flag(
+        None,
+        "parts of a batch, each with a BatchNorm of its own (default: one for each process)",
+        count_or_auto,
+        at_least=0,
+        at_most=2**16,
+    )
+    reduce: str = flag("tree", "how gradients are summed over processes", choices=REDUCTIONS)
+    checkpoint_activations: bool = flag(False, "recompute blocks in the backward pass")
     # the forward network
     schedule: str = flag("cosine", "noise schedule", choices=SCHEDULES)
     timesteps: int = flag(
@@ -227,6 +200,20 @@ class Config:
                 f"expected at most {MAX_STEP_ITEMS:,}",
             ),
             (
+                self.shards and self.shards & (self.shards - 1),
+                f"shards={self.shards}: expected a power of two, such as 2, 4 or 8",
+            ),
+            (
+                self.shards and self.batch_size % self.shards,
+                f"shards={self.shards} does not divide batch_size={self.batch_size}; choose a "
+                "power of two that does",
+            ),
+            (
+                self.norm == "batch" and self.shards == self.batch_size > 1,
+                f"shards={self.shards} leaves BatchNorm one item of batch_size={self.batch_size}"
+                " to average; use fewer, or norm=group",
+            ),
+            (
                 self.planned_steps and (by_steps or not self.max_minutes),
                 "planned_steps is of a run that max_minutes alone governs",
             ),
@@ -260,7 +247,7 @@ class Config:
 
         Raises ValueError where one is left open: `resolve` chooses it for the data."""
         names = "channels_base blocks_per_level channel_mult patch_size attention_resolutions"
-        names += " norm activation negative_slope dropout init"
+        names += " norm activation negative_slope dropout init checkpoint_activations"
         options = {name: getattr(self, name) for name in names.split()}
         left_open = [name for name, value in options.items() if value is None]
         if left_open:
@@ -269,7 +256,7 @@ class Config:
 
     def data_options(self):
         """Return the keyword arguments of data.load_dataset."""
-        names = "data_dir seed image_size channels test_fraction"
+        names = "data_dir seed image_size channels test_fraction labels cache"
         options = {name: getattr(self, name) for name in names.split()}
         return {"name": self.dataset, **options}
 
@@ -279,14 +266,16 @@ class Config:
         Raises ValueError when the data cannot be used as the config says."""
         if self.class_cond and (not dataset.classes or dataset.train_labels is None):
             raise ValueError(f"class_cond: {self.dataset} has no labels; leave it out")
-        kind = "images" if dataset.is_image else "points"
-        images_only = self.attention_resolutions or (self.patch_size or 1) > 1
-        if kind == "points" and (images_only or (self.channel_mult or [1]) != [1]):
-            raise ValueError(
-                "attention_resolutions, patch_size and channel_mult are for images, not points"
-            )
+        kind = {3: "images", 2: "sequences"}.get(len(dataset.event), "points")
+        of_unet = self.attention_resolutions or (self.patch_size or 1) > 1
+        if kind == "points" and (of_unet or (self.channel_mult or [1]) != [1]):
+            names = "attention_resolutions, patch_size and channel_mult"
+            raise ValueError(f"{names} are for images and sequences, not points")
+        if kind != "images" and self.augment != "none":
+            raise ValueError(f"augment={self.augment} is for images, not {kind}")
         preset = dict(PRESETS.get(self.dataset, PRESETS[kind]))
-        preset.setdefault("network", "unet" if dataset.is_image else "mlp")
+        preset.setdefault("network", "mlp" if kind == "points" else "unet")
+        preset["shards"] = default_shards()
         chosen = {name: value for name, value in preset.items() if getattr(self, name) is None}
         if kind == "points" and self.precision == "auto":
             chosen["precision"] = "fp32"  # bf16 tells no nearer points apart than 1/128
@@ -317,7 +306,8 @@ class Config:
 # What may change when a run is resumed. All else would make it another run.
 RESUMABLE_FIELDS = {
     *("epochs", "max_steps", "max_minutes", "planned_steps", "lr", "lr_schedule", "warmup"),
-    *("weight_decay", "grad_clip", "ema_decay", "device", "precision", "compile"),
+    *("weight_decay", "grad_clip", "ema_decay", "device", "precision", "compile", "threads"),
+    *("reduce", "checkpoint_activations", "labels", "cache"),
     *("name", "data_dir", "out_dir", "save_every", "keep_checkpoints", "sample_every"),
 }
 
@@ -327,6 +317,8 @@ def resume_config(config, overrides):
 
     Raises ValueError when an override would make it another run."""
     saved = asdict(config) | {"compile": False}  # it may not work on this machine
+    if overrides.get("shards") == 0:  # auto: what was found to fit when the run began
+        overrides = overrides | {"shards": saved["shards"]}
     for name, value in overrides.items():
         if name not in RESUMABLE_FIELDS and value != saved[name]:
             raise ValueError(

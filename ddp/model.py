@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import nn
 
+from ddp.augment import AUGMENTATIONS
 from ddp.forward import alpha_sigma
 from ddp.reverse import NETWORKS
 from ddp.schedule import Schedule, lookup
@@ -31,6 +32,7 @@ class DiffusionModel(nn.Module):
         event=None,  # the shape of one item; default: the network's own
         num_classes=0,  # labels that the network is told; 0: unconditional
         has_null_label=False,  # trained with label dropout, so that CFG works
+        units=None,  # the Units that its samples go back to; None: they are as the data
     ):
         super().__init__()
         if event is None:
@@ -39,6 +41,9 @@ class DiffusionModel(nn.Module):
             raise ValueError("event=None: the network has no attribute `event`; give the shape")
         lookup(PREDICTIONS, prediction, "prediction")  # raises when it is unknown
         self.event = tuple(event)
+        if units is not None and len(units.mean) != self.event[0]:
+            raise ValueError(f"units are of {len(units.mean)} channels, items of {self.event[0]}")
+        self.units = units
         self.schedule = schedule
         self.network = network
         self.prediction = prediction
@@ -50,6 +55,11 @@ class DiffusionModel(nn.Module):
         return len(self.event) == 3
 
     @property
+    def is_pixels(self):
+        """Whether items are images of 256 values in [-1, 1]."""
+        return self.is_image and self.units is None
+
+    @property
     def device(self):
         return next(self.parameters()).device
 
@@ -58,6 +68,7 @@ class DiffusionModel(nn.Module):
         x_t,  # (B, *event)
         log_snr,  # (), one level for all, or (B,)
         label=None,  # (B,), or None
+        augment=None,  # (B, num_augment): how x0 was augmented; None: not at all
     ):
         """Return x0_hat, (B, *event): v-, eps-, x0- or flow-prediction becomes x0 here.
 
@@ -65,7 +76,8 @@ class DiffusionModel(nn.Module):
         output counts sigma / alpha times in x0_hat: in bfloat16 that is 0.1 at log_snr = -8."""
         alpha, sigma = alpha_sigma(log_snr, x_t)
         c_skip, c_out = PREDICTIONS[self.prediction](alpha, sigma)
-        return c_skip * x_t + c_out * self.network(x_t, log_snr, label).to(x_t.dtype)
+        told = (label,) if augment is None else (label, augment)
+        return c_skip * x_t + c_out * self.network(x_t, log_snr, *told).to(x_t.dtype)
 
     def for_inference(self, dtype=torch.float32):
         """Return a frozen copy in eval mode: BatchNorm fused into the layer beside it, and faster.
@@ -79,10 +91,17 @@ class DiffusionModel(nn.Module):
         return model
 
 
-def build_model(config, event, num_classes=0):
+def build_model(config, event, num_classes=0, units=None):
     """Return the DiffusionModel of a Config for items of shape `event`."""
     schedule = Schedule(config.schedule, config.timesteps, config.shift, config.zero_terminal_snr)
-    name = config.network or ("unet" if len(event) == 3 else "mlp")
-    network = NETWORKS[name](tuple(event), num_classes, **config.network_options())
+    name = config.network or ("unet" if len(event) > 1 else "mlp")
+    options = config.network_options()
+    num_augment = AUGMENTATIONS[config.augment].num_params
+    if num_augment:
+        options["num_augment"] = num_augment
+    network = NETWORKS[name](tuple(event), num_classes, **options)
+    if getattr(network, "num_augment", 0) != num_augment:
+        raise ValueError(f"augment={config.augment}: network={name} cannot be told; try flip")
     has_null_label = num_classes > 0 and config.label_dropout > 0
-    return DiffusionModel(schedule, network, config.prediction, event, num_classes, has_null_label)
+    about = (event, num_classes, has_null_label, units)
+    return DiffusionModel(schedule, network, config.prediction, *about)

@@ -43,16 +43,16 @@ def orthogonalize(matrices):
 
 def as_matrix(weight):
     """View a weight (out, in, ...) as (out, N), as a channels-last convolution multiplies by it."""
-    if weight.ndim == 2:
-        return weight
+    if weight.ndim < 4:  # of a linear layer, or of sequences, which have no such format
+        return weight.view(len(weight), -1)
     return weight.permute(0, 2, 3, 1).view(len(weight), -1)
 
 
 class Muon(torch.optim.Optimizer):
     """The step of torch.optim.Muon, with Nesterov's momentum and no weight decay.
 
-    For weights of linear layers and of convolutions in channels-last. Those of one shape are
-    orthogonalized in one go, which is faster; in float32 where bfloat16 is slow."""
+    For weights of linear layers and of convolutions; of images, in channels-last. Those of one
+    shape are orthogonalized in one go, which is faster; in float32 where bfloat16 is slow."""
 
     def __init__(self, weights, lr=1e-3, momentum=0.95):
         super().__init__(weights, {"lr": lr, "momentum": momentum})
@@ -99,3 +99,22 @@ def build_optimizers(model, optimizer="muon", weight_decay=0.01):
     if not hidden:
         return [adamw], lr_scales
     return [adamw, Muon(hidden)], [*lr_scales, MUON_LR if scale_invariant else BARE_MUON_LR]
+
+
+@torch.no_grad()
+def load_moments(optimizer, saved):
+    """Take over the moments and step counters of a state_dict, but no hyper-parameter.
+
+    Raises ValueError when a moment has not the size of its weight, at which no optimizer looks."""
+    state = optimizer.state_dict() | {"state": {}}
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    for i, moments in saved["state"].items():
+        state["state"][i] = {}
+        for name, value in moments.items():
+            like = value if name == "step" else weights[i]
+            if value.numel() != like.numel():
+                raise ValueError(f"{name} of weight {i} has {value.numel()} numbers")
+            # in the weight's own order in memory, in which fused AdamW goes through both
+            like = like if like.shape == value.shape else value.contiguous()  # Muon's, a matrix
+            state["state"][i][name] = torch.empty_like(like).copy_(value)
+    optimizer.load_state_dict(state)

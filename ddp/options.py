@@ -23,6 +23,11 @@ def integers(text):
     return [int(word) for word in str(text).replace(",", " ").split()]
 
 
+def count_or_auto(text):
+    """Parse '4' -> 4, 'auto' -> 0, which means that it is found out."""
+    return 0 if str(text).lower() == "auto" else int(text)
+
+
 def image_size(text):
     """Parse '28' -> [28, 28], '30x45' -> [30, 45] (height x width)."""
     sides = [int(side) for side in str(text).lower().split("x")]
@@ -68,7 +73,7 @@ def expected(field, value):
     choices = field.metadata["choices"]
     bounds = field.metadata["bounds"]
     count = bounds.get("count", 1)
-    types = {float: (float, int), int: int, str: str, bool: bool}
+    types = {float: (float, int), int: int, str: str, bool: bool, count_or_auto: int}
     wanted_type = types.get(kind, list) if count == 1 else list
     if not isinstance(value, wanted_type) or (isinstance(value, bool) and kind is not bool):
         return f"a value of type {getattr(kind, '__name__', kind)}"
@@ -133,15 +138,15 @@ class SamplerOptions:
         sampler = SAMPLERS[name]
         if self.eta is not None and not sampler.eta:
             raise ValueError(f"eta={self.eta}: sampler={name} takes none; it is for ddim")
-        if self.threshold not in (None, "none") and not model.is_image:
-            raise ValueError(f"threshold={self.threshold} is for images, not points")
+        if self.threshold not in (None, "none") and not model.is_pixels:
+            raise ValueError(f"threshold={self.threshold} is for pixels in [-1, 1], not this data")
         options = asdict(self)
         del options["precision"], options["guide_checkpoint"]
         options["guide"] = guide
         options["sampler"] = name
         options["eta"] = self.eta or 0.0
         options["spacing"] = self.spacing or sampler.spacing
-        options["threshold"] = self.threshold or ("static" if model.is_image else "none")
+        options["threshold"] = self.threshold or ("static" if model.is_pixels else "none")
         if self.steps is None:
             options["steps"] = default_steps(name, model.schedule)
         check_options(model, **options)

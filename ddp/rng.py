@@ -15,6 +15,7 @@ STREAMS = {
     "train_eps": 0,  # noise of a training batch; counter: the batch's number
     "train_log_snr": 6,  # its noise levels (uniform)
     "label_dropout": 7,  # which labels are dropped (uniform)
+    "augment": 22,  # how its images are augmented (uniform)
     "dropout": 12,  # the seed of PyTorch's generator for nn.Dropout
     "endpoint": 1,  # noise for the ends of a learned schedule
     "bn_eps": 2,  # noise and levels (uniform) for BatchNorm's statistics under EMA weights

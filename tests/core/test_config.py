@@ -7,21 +7,19 @@ from types import FunctionType, SimpleNamespace
 import pytest
 from tiny import random_points
 
-from ddp.config import (
-    OLD_NAMES,
-    OLD_VALUES,
-    PRESETS,
-    RESUMABLE_FIELDS,
-    Config,
-    resume_config,
-)
+from ddp.config import RESUMABLE_FIELDS, Config, resume_config
 from ddp.model import build_model
-from ddp.options import SamplerOptions, expected
+from ddp.options import SamplerOptions, count_or_auto, expected
+from ddp.presets import OLD_NAMES, OLD_VALUES, PRESETS
 from ddp.reverse import MLP, NETWORKS, UNet
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
-IMAGES = SimpleNamespace(classes=["a", "b"], train_labels=[0, 1], is_image=True)
-POINTS = SimpleNamespace(classes=[], train_labels=None, is_image=False)
+IMAGES = SimpleNamespace(
+    classes=["a", "b"], train_labels=[0, 1], is_image=True, is_pixels=True, event=(1, 8, 8)
+)
+POINTS = SimpleNamespace(
+    classes=[], train_labels=None, is_image=False, is_pixels=False, event=(2,), units=None
+)
 HUGE = 10**400  # more than a float holds
 
 
@@ -39,7 +37,7 @@ def test_fields_are_documented_and_within_their_own_bounds():
         {"dataset": ""},
         {"data_dir": 3},
         {"image_size": [0, 8]},
-        {"channels": 2},
+        {"channels": 0},
         {"test_fraction": 0.6},
         {"epochs": 0},
         {"max_steps": 0},
@@ -97,6 +95,9 @@ def test_config_names_what_is_out_of_bounds(fields):
         ({"name": "."}, "name"),
         ({"name": ".."}, "name"),
         ({"batch_size": 1}, "batch_size"),
+        ({"shards": 3}, "power of two"),
+        ({"shards": 8, "batch_size": 12}, "shards=8 does not divide batch_size=12"),
+        ({"shards": 16, "batch_size": 16}, "BatchNorm one item"),
         ({"label_dropout": 0.2}, "label_dropout"),
         ({"negative_slope": 0.2, "activation": "relu"}, "negative_slope"),
         ({"schedule": "learned", "timesteps": 10}, "timesteps"),
@@ -201,7 +202,7 @@ def test_resolve_chooses_the_noise_dist_for_the_data(fields, noise_dist):
 @pytest.mark.parametrize("dataset", [*PRESETS, "elsewhere/folder", "moons"])
 @pytest.mark.parametrize("data", [IMAGES, POINTS])
 def test_resolve_leaves_nothing_open(dataset, data):
-    if dataset in ("images", "points"):  # kinds of data, not datasets
+    if dataset in ("images", "sequences", "points"):  # kinds of data, not datasets
         return
     kind = "images" if data.is_image else "points"
     if (dataset == "moons") != (kind == "points"):
@@ -212,7 +213,7 @@ def test_resolve_leaves_nothing_open(dataset, data):
         assert getattr(config, name) == value
     assert config.network == ("unet" if data.is_image else "mlp")
     limits = {"epochs", "max_steps", "max_minutes"}
-    of_folders = {"image_size", "channels", "test_fraction"}
+    of_folders = {"image_size", "channels", "test_fraction", "labels", "cache"}
     of_output = {"name", "save_every", "sample_every", "planned_steps"}
     for name in FIELDS.keys() - limits - of_folders - of_output:
         assert getattr(config, name) is not None, name
@@ -282,6 +283,8 @@ def test_data_options_are_those_of_load_dataset():
         "image_size": None,
         "channels": None,
         "test_fraction": None,
+        "labels": None,
+        "cache": None,
     }
 
 
@@ -332,6 +335,7 @@ def test_resume_config_takes_what_may_change(name):
         int: 7,
         float: 0.5,
         bool: True,
+        count_or_auto: 4,
     }[FIELDS[name].metadata["kind"]]
     if FIELDS[name].metadata["choices"]:
         new = list(FIELDS[name].metadata["choices"])[-1]
@@ -345,6 +349,11 @@ def test_resume_config_refuses_what_makes_another_run(name):
     assert resume_config(config, {name: getattr(config, name)}) == config  # the same may be said
     with pytest.raises(ValueError, match=rf"^{name}="):
         resume_config(config, {name: "something else"})
+
+
+def test_resume_config_keeps_the_shards_that_were_found():
+    """A job that is started again with shards=auto goes on as it began."""
+    assert resume_config(Config(shards=4), {"shards": 0}).shards == 4
 
 
 def test_resume_config_puts_a_new_limit_in_the_place_of_the_old():

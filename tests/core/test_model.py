@@ -4,13 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from ddp.blocks import NORMS
 from ddp.config import Config
 from ddp.forward import alpha_sigma, q_sample
 from ddp.model import PREDICTIONS, DiffusionModel, build_model
-from ddp.reverse import NORMS
 from ddp.schedule import Schedule
 
-EVENTS = [(1, 8, 8), (2,)]
+EVENTS = [(1, 8, 8), (2, 9), (2,)]
 
 
 class Fixed(nn.Module):

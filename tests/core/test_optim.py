@@ -5,6 +5,7 @@ import torch
 from tiny import TINY, random_points
 from torch import nn
 
+from ddp.blocks import ACTIVATIONS, NORMS
 from ddp.config import Config
 from ddp.model import PREDICTIONS, DiffusionModel, build_model
 from ddp.optim import (
@@ -16,7 +17,7 @@ from ddp.optim import (
     build_optimizers,
     orthogonalize,
 )
-from ddp.reverse import ACTIVATIONS, INITS, NORMS
+from ddp.reverse import INITS
 from ddp.schedule import Schedule
 
 SHAPES = [(8, 24), (16, 16), (8, 24), (24, 8), (32, 9), (8, 24)]
@@ -67,6 +68,13 @@ def test_orthogonalize_makes_singular_values_about_one(shape):
     assert values.max() < 1.3
     assert values.median() > 0.6
     assert not orthogonalize(torch.zeros(shape)).any()
+
+
+def test_as_matrix_of_a_sequences_convolution_is_a_view_too():
+    conv = torch.nn.Conv1d(3, 5, 3)
+    matrix = as_matrix(conv.weight.data)
+    assert matrix.shape == (5, 9)
+    assert matrix.data_ptr() == conv.weight.data_ptr()
 
 
 def test_as_matrix_is_a_view_of_what_a_convolution_multiplies_by():

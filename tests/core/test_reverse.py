@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from ddp.reverse import ACTIVATIONS, INITS, MLP, NETWORKS, NORMS, Attention, Block, Layers, UNet
+from ddp.blocks import ACTIVATIONS, NORMS, Attention, Block, Layers
+from ddp.reverse import INITS, MLP, NETWORKS, UNet, fold_patches, unfold_patches
 
-NAMES = ("unet", "mlp")
-EVENTS = {"unet": (1, 8, 8), "mlp": (2,)}
+NAMES = ("unet", "unet of sequences", "mlp")
+EVENTS = {"unet": (1, 8, 8), "unet of sequences": (3, 8), "mlp": (2,)}
 SMALL = {
     "unet": {"channels_base": 16, "blocks_per_level": 1, "channel_mult": [1, 2]},
     "mlp": {"channels_base": 16, "blocks_per_level": 2},
@@ -18,7 +19,8 @@ SMALL = {
 
 def build(name, num_classes=0, **options):
     """Return a small network for items of EVENTS[name]."""
-    return NETWORKS[name](EVENTS[name], num_classes, **{**SMALL[name], **options})
+    kind = name.split()[0]
+    return NETWORKS[kind](EVENTS[name], num_classes, **{**SMALL[kind], **options})
 
 
 def inputs(event, batch=3, num_classes=0):
@@ -41,6 +43,44 @@ def test_unet_takes_images_of_any_size(size, patch_size, channel_mult):
     network = UNet(event, 0, 8, 1, channel_mult, patch_size, init="default")
     x_t, log_snr, _ = inputs(event)
     assert network(x_t, log_snr).shape == (3, *event)
+
+
+@pytest.mark.parametrize("length", [1, 2, 7, 16, 45, 1000])
+@pytest.mark.parametrize("patch_size", [1, 2, 5])
+def test_unet_takes_sequences_of_any_length(length, patch_size):
+    network = UNet((2, length), 0, 8, 1, [1, 2, 2], patch_size, init="default")
+    x_t, log_snr, _ = inputs((2, length))
+    assert network(x_t, log_snr).shape == (3, 2, length)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_unet_shifts_its_output_with_a_sequence(patch_size):
+    """By multiples of its stride, away from the ends."""
+    network = UNet((1, 256), 0, 8, 1, [1, 2], patch_size, init="default").eval()
+    x = torch.zeros(1, 1, 256)
+    x[..., 120:130] = torch.randn(10)
+    level = torch.zeros(1)
+    shift = 3 * network.stride
+    background = network(torch.zeros_like(x), level)
+    moved = network(x.roll(shift, dims=-1), level) - background
+    expected = (network(x, level) - background).roll(shift, dims=-1)
+    assert expected.abs().max() > 1e-3
+    torch.testing.assert_close(moved[..., 60:200], expected[..., 60:200], rtol=1e-4, atol=1e-6)
+
+
+def test_patches_of_a_sequence_fold_as_those_of_an_image_of_one_column():
+    x = torch.randn(2, 3, 12)
+    folded = fold_patches(x, 4)
+    assert folded.shape == (2, 12, 3)
+    assert torch.equal(folded[1, 4:8, 2], x[1, 1, 8:])  # the second channel, the third patch
+    assert torch.equal(unfold_patches(folded, 4), x)
+
+
+def test_network_of_another_kind_of_items_is_refused():
+    with pytest.raises(ValueError, match="network=mlp: expected points"):
+        MLP((1, 8, 8))
+    with pytest.raises(ValueError, match="network=unet: expected items"):
+        UNet((2,))
 
 
 def test_unet_cuts_padding_off_where_it_was_put():
@@ -71,7 +111,7 @@ def test_network_is_made_of_what_was_chosen(name, norm, activation, init):
     assert (nn.LeakyReLU in kinds) == (activation == "leaky_relu")
     assert (nn.SiLU in kinds) == (activation == "silu")
     assert nn.Dropout in kinds
-    assert (Attention in kinds) == (name == "unet")
+    assert (Attention in kinds) == (name != "mlp")
     output = network(*inputs(EVENTS[name]))
     assert output.isfinite().all()
     assert output.any() == (init == "default")  # the others start at zero
@@ -103,10 +143,11 @@ def test_block_starts_as_its_skip(norm, init):
     torch.testing.assert_close(block(x, embedding), block.activation(x))
 
 
-def test_attention_starts_as_its_skip():
-    network = build("unet", attention_resolutions=[8])
+@pytest.mark.parametrize("size", [(8, 8), (8,)])
+def test_attention_starts_as_its_skip(size):
+    network = build("unet" if len(size) == 2 else "unet of sequences", attention_resolutions=[8])
     (attention, *_) = [m for m in network.modules() if isinstance(m, Attention)]
-    x = torch.randn(2, 16, 8, 8)
+    x = torch.randn(2, 16, *size)
     assert torch.equal(attention(x), x)
 
 
@@ -206,6 +247,17 @@ def test_one_embedding_serves_a_batch_of_one_level():
         alone = network(x_t[:1], level, None if given is None else given[:1])
         torch.testing.assert_close(alone, whole[:1], rtol=1e-5, atol=1e-6)
     assert shapes == [(3, 32), (1, 32), (32,), (32,)]
+
+
+def test_mlp_of_many_dimensions_passes_noise_by_its_narrow_layers():
+    """Times a gain by noise level, which starts at 0; folding keeps it."""
+    network = MLP((100,), channels_base=16).eval()
+    x_t, log_snr, _ = inputs((100,))
+    assert not network(x_t, log_snr).any()
+    nn.init.ones_(network.gain.bias)
+    assert torch.equal(network(x_t, log_snr), x_t)
+    network.requires_grad_(False).fold_for_inference(torch.float32)
+    assert torch.equal(network(x_t, log_snr[0]), x_t)
 
 
 def test_mlp_tells_close_points_apart_only_where_little_noise_is():

@@ -43,6 +43,7 @@ PINNED = {
     "hutchinson": 19,
     "loss_eps": 20,
     "benchmark": 21,
+    "augment": 22,
 }
 
 
