@@ -7,8 +7,12 @@ import hashlib
 import numpy as np
 import torch
 
+from ddp.data.mapped import Mapped, subset
+from ddp.units import Units
+
 VAL_FRACTION, MAX_VAL_ITEMS = 0.1, 5000  # of the training items, where there are enough
 MIN_ITEMS_FOR_VAL = 2000
+DIGEST_BYTES = 1 << 24  # of items in a file, read at a time
 
 
 @dataclasses.dataclass
@@ -18,7 +22,8 @@ class Dataset:
     The model with the least loss on `val` is the best one; figures are reported of `test`."""
 
     name: str
-    train: torch.Tensor  # (N, C, H, W) uint8 images, or (N, 2) float32 standardized points
+    # or a Mapped, as val and test: uint8 images (N, C, H, W), or standardized float32 (N, *event)
+    train: torch.Tensor
     test: torch.Tensor  # (M, *event)
     train_labels: torch.Tensor | None = None  # (N,) int64
     test_labels: torch.Tensor | None = None  # (M,) int64
@@ -27,6 +32,8 @@ class Dataset:
     log_density: object = None  # (B, 2) -> (B,) float64 in nats, where it is known
     val: torch.Tensor | None = None  # (V, *event); None: the test items are chosen on, too
     val_labels: torch.Tensor | None = None  # (V,) int64
+    units: Units | None = None  # of the data before they were standardized; None: as they are
+    known_fingerprint: str | None = None  # what `fingerprint` is, where that is already known
 
     @property
     def event(self):
@@ -37,9 +44,16 @@ class Dataset:
     def is_image(self):
         return len(self.event) == 3
 
+    @property
+    def is_pixels(self):
+        """Whether items are images of 256 values in [-1, 1]."""
+        return self.is_image and self.units is None
+
     @functools.cached_property
     def fingerprint(self):
         """16 hex digits that tell this dataset, split and order included, from any other."""
+        if self.known_fingerprint is not None:
+            return self.known_fingerprint
         parts = [self.train, self.test, self.train_labels, self.test_labels]
         if self.val is not None:
             parts += [self.val, self.val_labels]
@@ -61,19 +75,27 @@ class Dataset:
         """A copy whose training items lie on the device; all else stays where it is."""
         return dataclasses.replace(self, train=self.train.to(device))
 
-    def batch(self, seed, step, size):
+    def batch(self, seed, step, size, part=slice(None)):
         """Return training batch `step`: x0 (size, *event) float32, label (size,) or None.
 
         Epochs, each in an order of its own, make one endless stream, cut into batches wherever an
-        epoch ends: no batch is short, and BatchNorm never sees one item."""
+        epoch ends: no batch is short, and BatchNorm never sees one item.
+
+        part: a slice of the batch; only its items are read, and returned."""
         count = len(self.train)
         epoch, offset = divmod(step * size, count)
         items = permutation(seed, epoch, count)[offset : offset + size]  # numbers of items
         while len(items) < size:  # the next epoch has begun
             epoch += 1
             items = torch.cat([items, permutation(seed, epoch, count)[: size - len(items)]])
+        items = items[part]
         label = None if self.train_labels is None else self.train_labels[items]
         return to_float(self.train[items.to(self.train.device, non_blocking=True)]), label
+
+    def shown(self, count):
+        """Return `count` test items, evenly spread and in the data's units, to be looked at."""
+        indices = torch.linspace(0, len(self.test) - 1, min(count, len(self.test))).long()
+        return to_data(to_float(self.test[indices]), self.units)
 
     @property
     def selection_split(self):
@@ -103,7 +125,7 @@ def hold_out_val(dataset):
     )
     if dataset.val is not None or not is_val.any():
         return dataset
-    parts = {"train": dataset.train[~is_val], "val": dataset.train[is_val]}
+    parts = {"train": subset(dataset.train, ~is_val), "val": subset(dataset.train, is_val)}
     if labels is not None:
         parts |= {"train_labels": labels[~is_val], "val_labels": labels[is_val]}
     return dataclasses.replace(dataset, **parts)
@@ -152,9 +174,25 @@ def to_pixels(x0):
     return x0.float().clamp(-1, 1).add_(1).mul_(127.5).round_().byte()  # clamp copies
 
 
+def to_data(x0, units=None):
+    """x0 as what the data is: uint8 pixels, points or, of float data, items in their Units."""
+    return to_pixels(x0) if units is None else units.restore(x0)
+
+
+def parts_of(items):
+    """Yield a tensor whole, the items of a Mapped part by part."""
+    if not isinstance(items, Mapped):
+        yield items
+        return
+    count = max(1, DIGEST_BYTES * len(items) // max(1, items.nbytes))
+    for start in range(0, len(items), count):
+        yield items[start : start + count]
+
+
 def digest(tensors, header=""):
     """The first 16 hex digits of the SHA-256 of the header, a str, and of the tensors' bytes."""
     sha = hashlib.sha256(header.encode())
     for tensor in tensors:
-        sha.update(tensor.cpu().contiguous().numpy())
+        for part in parts_of(tensor):
+            sha.update(part.cpu().contiguous().numpy())
     return sha.hexdigest()[:16]

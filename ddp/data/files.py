@@ -4,15 +4,12 @@ Nothing that a file declares of itself is believed: sizes are compared with thos
 memory is taken, and a name is made safe to print."""
 
 import contextlib
-import os
 import re
-import stat
 import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 HIDDEN = re.compile(r"(^|/)(\.[^/]|__MACOSX)|/$")  # .name, macOS's by-product, a .zip's folder
 MAX_UNPACKED_BYTES = 1 << 30  # of an archive that unpacks to more than MAX_RATIO times its size
@@ -34,57 +31,6 @@ class File:
     def read(self):
         with self.open() as stream:
             return stream.read()
-
-
-@contextlib.contextmanager
-def open_files(path):
-    """Of a folder, a .zip or one file: (name -> File, name -> why something else is no file).
-
-    Hidden files are left out. Raises OSError when it cannot be read."""
-    if path.is_dir():
-        yield list_folder(path)
-    elif not path.is_file():
-        raise OSError(f"{path} is neither an image nor a folder or .zip of images")
-    elif path.suffix.lower() != ".zip":
-        yield {path.name: File(path.stat().st_size, partial(open_file, path))}, {}
-    else:
-        with open_archive(path) as files:
-            yield {name: file for name, file in files.items() if not HIDDEN.search(name)}, {}
-
-
-def list_folder(root):
-    """(name -> File, name -> what it is instead) of all below a folder; links are followed."""
-    files, others = {}, {}
-    pending = [
-        (root, "", ())
-    ]  # folder, what its files' names begin with, ids of it and those above
-    while pending:
-        folder, prefix, above = pending.pop()
-        with named_errors(folder):
-            entries = sorted(os.listdir(folder))
-            above = (*above, file_id(os.stat(folder)))
-        for entry in entries:
-            name, path = prefix + entry, Path(folder, entry)
-            if HIDDEN.search(name):
-                continue
-            try:
-                status = path.stat()
-            except OSError as error:
-                others[name] = f"a link that leads nowhere ({error.strerror})"
-                continue
-            if stat.S_ISREG(status.st_mode):
-                files[name] = File(status.st_size, partial(open_file, path))
-            elif not stat.S_ISDIR(status.st_mode):
-                others[name] = "neither a file nor a folder"
-            elif file_id(status) in above:
-                others[name] = "a link to a folder that it lies in"
-            else:
-                pending.append((path, f"{name}/", above))
-    return files, others
-
-
-def file_id(status):
-    return status.st_dev, status.st_ino
 
 
 @contextlib.contextmanager
@@ -149,9 +95,11 @@ def open_member(path, archive, info, archive_size):
 
 def require_honest(path, files, names):
     """Raise OSError when the files of these names unpack to suspiciously much: a bomb."""
+    if not path.is_file():
+        return
     unpacked = sum(files[name].size for name in names)
     packed = path.stat().st_size
-    if path.is_file() and unpacked > max(MAX_UNPACKED_BYTES, MAX_RATIO * packed):
+    if unpacked > max(MAX_UNPACKED_BYTES, MAX_RATIO * packed):
         raise OSError(
             f"{path} would unpack from {packed:,} to {unpacked:,} bytes; if that is right, give "
             "the files as they are, unpacked"

@@ -7,9 +7,11 @@ import contextlib
 import json
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+import numpy as np
 import torch
 
 from ddp.data.files import DamagedError, counted, printable
@@ -25,6 +27,7 @@ MAX_NAME = 1000  # of a class: no file's name is as long
 MAX_TOOL_BYTES, MAX_LABEL = 1 << 27, 1 << 20  # of dataset.json
 LOG_HEAD = b"step,epoch,loss,"  # of a run's log.csv
 SAMPLES_FOLDER = re.compile(r"-samples(-\d+)?$")
+TELLING_FILES = ("evaluation.json", "evaluation.html", "log.csv")
 SAMPLES_FILE = re.compile(r"\d{6}\.png|grid\.png|samples\.npz|process\.gif")
 
 
@@ -32,28 +35,36 @@ def written_folders(files, images):
     """The folders, of a name -> File, that this project wrote: runs, evaluations, samples.
 
     Of images that lie in no other folders, samples are what the user asked for."""
-    contents = defaultdict(dict)  # folder -> file's own name -> name
+    mixed, samples, ours = set(), set(), set()
+    telling = defaultdict(set)  # folder -> which of TELLING_FILES are there
     for name in files:
-        path = PurePosixPath(name)
-        contents[str(path.parent)][path.name] = name
-    ours, samples = set(), set()
-    for folder, names in contents.items():
-        if folder == ".":  # the dataset itself
+        folder, _, base = name.rpartition("/")
+        if not folder:  # the dataset itself
             continue
-        if SAMPLES_FOLDER.search(folder) and all(map(SAMPLES_FILE.fullmatch, names)):
+        if base in TELLING_FILES:
+            telling[folder].add(base)
+        if SAMPLES_FOLDER.search(folder):
             samples.add(folder)
-        if {"evaluation.json", "evaluation.html"} <= set(names):
+            if not SAMPLES_FILE.fullmatch(base):
+                mixed.add(folder)
+    samples -= mixed
+    for folder, names in telling.items():
+        if {"evaluation.json", "evaluation.html"} <= names:
             ours.add(folder)
         if "log.csv" in names:
-            with contextlib.suppress(DamagedError), files[names["log.csv"]].open() as stream:
+            log = files[f"{folder}/log.csv"]
+            with contextlib.suppress(DamagedError), log.open() as stream:
                 if stream.read(len(LOG_HEAD)) == LOG_HEAD:
                     ours.add(folder)
-    return ours if all(lies_in(name, samples | ours) for name in images) else samples | ours
+    folders = {name.rpartition("/")[0] for name in images}
+    return ours if all(lies_in(folder, samples | ours) for folder in folders) else samples | ours
 
 
-def lies_in(name, folders):
-    """Whether a file lies in one of these folders, or below it."""
-    return any(str(parent) in folders for parent in PurePosixPath(name).parents)
+def lies_in(folder, folders):
+    """Whether a folder is one of these, or lies below one."""
+    while folder and folder not in folders:
+        folder = folder.rpartition("/")[0]
+    return folder in folders
 
 
 def split_of(folder):
@@ -62,45 +73,72 @@ def split_of(folder):
     return match and next(i for i in (TRAIN, VAL, TEST) if match[i + 1])
 
 
-def find_splits(names):
-    """(name -> (split or None, folders), lines of text) of images; those in no split are left out.
+@dataclass
+class Layout:
+    """Where images lie: the folder of each, and what each folder says of its images."""
+
+    folder_ids: np.ndarray  # (N,) int32, numbers of folders
+    places: list  # of each folder: (split or None, the folders that may name a class)
+
+    def select(self, mask):
+        """The Layout of the images that a mask (N,) bool says."""
+        return Layout(self.folder_ids[mask], self.places)
+
+    def spread(self, values, dtype=np.int64):
+        """A value of each folder as one of each image, (N,)."""
+        return np.array(values, dtype)[self.folder_ids]
+
+    def present(self):
+        """The numbers of the folders that any image lies in."""
+        return np.unique(self.folder_ids).tolist()
+
+
+def find_splits(names, noun="image"):
+    """(Layout, mask (N,) of those in a split, lines of text) of images; the others are left out.
 
     There are splits when some folders `train` and `test`, or `val`, lie in one folder, or in each
     of several, or when every image lies in one of such names. Without `test`, `val` is for
     testing."""
-    folders = {name: PurePosixPath(name).parent.parts for name in names}
+    numbers = {}  # folder -> its number
+    ids = np.fromiter((numbers.setdefault(n.rpartition("/")[0], len(numbers)) for n in names), "i4")
+    folders = {number: PurePosixPath(folder).parts for folder, number in numbers.items()}
     for depth in range(max(map(len, folders.values()), default=0)):
-        splits = {name: split_of(f[depth]) for name, f in folders.items() if len(f) > depth}
-        splits = {name: split for name, split in splits.items() if split is not None}
+        splits = {i: split_of(f[depth]) for i, f in folders.items() if len(f) > depth}
+        splits = {i: split for i, split in splits.items() if split is not None}
         above = defaultdict(set)  # folder -> the splits in it; several such folders are classes
-        for name, split in splits.items():
-            above[folders[name][:depth]].add(split)
+        for i, split in splits.items():
+            above[folders[i][:depth]].add(split)
         kinds = set(splits.values())
         is_alike = all(kinds == of_folder for of_folder in above.values())
         is_split = TRAIN in kinds and len(kinds) > 1
         if is_split and (is_alike or len(splits) == len(folders)):
             break
     else:
-        return {name: (None, f) for name, f in folders.items()}, []
-    titles = {folders[name][depth] for name in splits}
-    for name in splits:
-        folders[name] = folders[name][:depth] + folders[name][depth + 1 :]
+        places = [(None, f) for f in folders.values()]
+        return Layout(ids, places), np.ones(len(names), bool), []
+    titles = {folders[i][depth] for i in splits}
+    for i in splits:
+        folders[i] = folders[i][:depth] + folders[i][depth + 1 :]
     for split in set(splits.values()):
-        part = [name for name in splits if splits[name] == split]
-        rest = [folders[name][depth:] for name in part]  # Kaggle packs test/ in test/
+        part = [i for i in splits if splits[i] == split]
+        rest = [folders[i][depth:] for i in part]  # Kaggle packs test/ in test/
         if all(f and split_of(f[0]) == split for f in rest):
-            folders |= {n: folders[n][:depth] + f[1:] for n, f in zip(part, rest, strict=True)}
+            folders |= {i: folders[i][:depth] + f[1:] for i, f in zip(part, rest, strict=True)}
     if TEST not in splits.values():
-        splits = {name: TEST if split == VAL else split for name, split in splits.items()}
+        splits = {i: TEST if split == VAL else split for i, split in splits.items()}
+    layout = Layout(ids, [(splits.get(i), f) for i, f in folders.items()])
+    is_kept = layout.spread([i in splits for i in folders], bool)
     lines = []
-    if stray := [name for name in names if name not in splits]:
+    if not is_kept.all():
         beside = " and ".join(f"{printable(title)}/" for title in sorted(titles))
-        lines.append(f"left out {counted(len(stray), 'image')} beside {beside}{such_as(stray)}")
-    return {name: (split, folders[name]) for name, split in splits.items()}, lines
+        count = counted(int((~is_kept).sum()), noun)
+        lines.append(f"left out {count} beside {beside}{such_as(names, ~is_kept)}")
+    return layout, is_kept, lines
 
 
-def such_as(names):
-    return f", such as {printable(names[0])}"
+def such_as(names, mask):
+    """The first of the names that a mask says, as the end of a line of text."""
+    return f", such as {printable(names[int(mask.argmax())])}"
 
 
 def read_tool_labels(files):
@@ -108,12 +146,12 @@ def read_tool_labels(files):
 
     {"labels": [["00000/img00000000.png", 6], ...]}, or null; names are relative to its folder."""
     labels, is_there = {}, False
-    for name, file in files.items():
+    for name in files:
         folder, _, base = name.rpartition("/")
-        if base != TOOL_FILE or file.size > MAX_TOOL_BYTES:
+        if base != TOOL_FILE or files[name].size > MAX_TOOL_BYTES:
             continue
         try:
-            content = json.loads(file.read())
+            content = json.loads(files[name].read())
         except (ValueError, RecursionError, DamagedError):
             continue  # of another program
         if not isinstance(content, dict) or "labels" not in content:
@@ -126,66 +164,86 @@ def read_tool_labels(files):
     return labels, is_there
 
 
-def class_of_folder(places, has_tool_file):
-    """name -> name of its class, or None, from the folders below those that all have in common."""
-    folders = {name: f for name, (_, f) in places.items()}
-    parts = defaultdict(list)  # split -> names
-    for name, (split, _) in places.items():
-        parts[split].append(name)
+def class_of_folder(names, layout, has_tool_file):
+    """The name of each folder's class, or None, from the folders below what all have in common."""
+    present = layout.present()
+    folders = {i: layout.places[i][1] for i in present}
+    parts = defaultdict(list)  # split -> numbers of folders
+    for i in present:
+        parts[layout.places[i][0]].append(i)
     while True:
-        nested = [name for part in parts.values() if all(map(folders.get, part)) for name in part]
-        if len({folders[name][0] for name in nested}) != 1:
+        nested = [i for part in parts.values() if all(map(folders.get, part)) for i in part]
+        if len({folders[i][0] for i in nested}) != 1:
             break
-        folders |= {name: folders[name][1:] for name in nested}
+        folders |= {i: folders[i][1:] for i in nested}
     firsts = [f[0] for f in folders.values() if f]
-    of_tool = has_tool_file or all(
-        SHARD_FILE.fullmatch(PurePosixPath(name).name) for name in places
-    )
-    if of_tool and all(map(SHARD.fullmatch, firsts)):
-        return dict.fromkeys(places)
-    # an accent is one character or two, depending on the system
-    names = {n: printable(f[0], MAX_NAME) if f else None for n, f in folders.items()}
-    return {n: name and unicodedata.normalize("NFC", name) for n, name in names.items()}
+    keys = [None] * len(layout.places)
+    if all(map(SHARD.fullmatch, firsts)):
+        bases = (name.rpartition("/")[2] for name in names)
+        if has_tool_file or all(map(SHARD_FILE.fullmatch, bases)):
+            return keys
+    for i, f in folders.items():
+        if f:  # an accent is one character or two, depending on the system
+            keys[i] = unicodedata.normalize("NFC", printable(f[0], MAX_NAME))
+    return keys
 
 
-def find_classes(places, tool_labels, has_tool_file):
-    """(splits (N,) or None, labels (N,) or None, class names, lines of text) of places, in order.
+def find_classes(names, layout, tool_labels, has_tool_file):
+    """(splits (N,) or None, labels (N,) or None, class names, lines of text) of images.
 
     tool_labels, has_tool_file: of read_tool_labels. Classes are those of the training images, each
     of which has one. -1 is the label of a test split without labels, and the split of other images
     that have none of these classes: they are left out."""
-    keys = {name: tool_labels.get(name) for name in places}
-    if not any(name in tool_labels for name in places):
-        keys = class_of_folder(places, has_tool_file)
-    splits = {name: split for name, (split, _) in places.items()}
-    trained = [name for name, split in splits.items() if split in (None, TRAIN)]
-    classes = sorted({keys[name] for name in trained} - {None})
+    if any(name in tool_labels for name in names):
+        keys = sorted(set(tool_labels.values()))
+        number = {key: i for i, key in enumerate(keys)}
+        ids = np.fromiter((number.get(tool_labels.get(name), -1) for name in names), np.int64)
+    else:
+        of_folder = class_of_folder(names, layout, has_tool_file)
+        keys = sorted(set(of_folder) - {None})
+        number = {key: i for i, key in enumerate(keys)}
+        ids = layout.spread([number.get(key, -1) for key in of_folder])
+    splits = None
+    if layout.places[layout.folder_ids[0]][0] is not None:
+        splits = layout.spread([-1 if split is None else split for split, _ in layout.places])
+    is_trained = np.ones(len(names), bool) if splits is None else splits == TRAIN
+    is_class = np.bincount(ids[is_trained & (ids >= 0)], minlength=len(keys)) > 0
+    is_lacking = is_trained & (ids < 0)
+    if is_lacking.any() or is_class.sum() < 2:
+        line = "no classes: that takes two or more class folders"
+        if is_class.sum() > 1:
+            count = counted(int(is_lacking.sum()), "image")
+            line = f"no classes: {count} without one{such_as(names, is_lacking)}"
+        return None if splits is None else torch.from_numpy(splits), None, [], [line]
+    classes = [key for key, is_used in zip(keys, is_class, strict=True) if is_used]
+    labels = np.append(np.where(is_class, np.cumsum(is_class) - 1, -1), -1)[ids]  # -1: the last
+    lines = [class_line(classes, labels)]
+    lines += leave_out_unlabeled(names, splits, labels)
+    splits = None if splits is None else torch.from_numpy(splits)
+    return splits, torch.from_numpy(labels), [str(key) for key in classes], lines
+
+
+def class_line(classes, labels):
+    """A line of text: how many images each class has."""
+    counts = np.bincount(labels[labels >= 0], minlength=len(classes))
+    parts = [f"{key} {count}" for key, count in zip(classes, counts, strict=True)]
+    more = ", ..." if len(parts) > 20 else ""
+    return f"{len(classes)} classes: {', '.join(parts[:20])}{more}"
+
+
+def leave_out_unlabeled(names, splits, labels):
+    """Set the splits (N,) of images without a label to -1, unless it is a whole test split.
+
+    Returns lines of text."""
     lines = []
-    lacking = [name for name in trained if keys[name] is None]
-    if lacking or len(classes) < 2:
-        lines = ["no classes: that takes two or more class folders"]
-        if len(classes) > 1:
-            lines = [f"no classes: {counted(len(lacking), 'image')} without one{such_as(lacking)}"]
-        classes, keys = [], {}
-    number = {key: i for i, key in enumerate(classes)}
-    labels = {name: number.get(keys.get(name), -1) for name in places}
-    for split, title in ((VAL, "validation"), (TEST, "test")) if classes else ():
-        part = [name for name in places if splits[name] == split]
-        lacking = [name for name in part if labels[name] < 0]
-        if len(lacking) == len(part) and split == TEST:
-            lines += [f"without labels: {counted(len(part), 'test image')}"] * bool(part)
-        elif lacking:
-            splits |= dict.fromkeys(lacking, -1)
-            text = f"left out {counted(len(lacking), f'{title} image')} of no class in training"
-            lines.append(text + such_as(lacking))
-    if classes:
-        counts = Counter(labels.values())
-        parts = [f"{key} {counts[i]}" for key, i in number.items()]
-        more = ", ..." if len(parts) > 20 else ""
-        lines.insert(0, f"{len(classes)} classes: {', '.join(parts[:20])}{more}")
-    return (
-        torch.tensor(list(splits.values())) if None not in splits.values() else None,
-        torch.tensor(list(labels.values())) if classes else None,
-        [str(key) for key in classes],
-        lines,
-    )
+    for split, title in ((VAL, "validation"), (TEST, "test")) if splits is not None else ():
+        is_part = splits == split
+        is_lacking = is_part & (labels < 0)
+        count = int(is_lacking.sum())
+        if split == TEST and count and count == is_part.sum():
+            lines.append(f"without labels: {counted(count, 'test image')}")
+        elif count:
+            text = f"left out {counted(count, f'{title} image')} of no class in training"
+            lines.append(text + such_as(names, is_lacking))
+            splits[is_lacking] = -1
+    return lines

@@ -12,9 +12,9 @@ from data_checks import refused
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ddp.data import arrays
-from ddp.data.arrays import load_mask, load_samples, read_array, read_items, read_latents
+from ddp.data.arrays import load_mask, load_samples, read_items, read_latents
 from ddp.data.dataset import to_float
+from ddp.data.npy import read_array
 
 EVENT = (1, 8, 8)
 PIXELS = np.random.RandomState(0).randint(0, 256, (3, 8, 8, 1), dtype=np.uint8)  # (N, H, W, C)
@@ -183,7 +183,7 @@ def test_items_of_any_number_fit_or_are_refused(tmp_path, value):
 
 def test_samples_take_no_more_than_their_bytes_twice(tmp_path, monkeypatch):
     """They never are floats."""
-    monkeypatch.setattr(arrays, "CHUNK_BYTES", 1 << 16)
+    monkeypatch.setattr("ddp.data.npy.CHUNK_BYTES", 1 << 16)
     pixels = np.random.RandomState(0).randint(0, 256, (500, 32, 32, 3), dtype=np.uint8)
     np.savez_compressed(tmp_path / "a.npz", images=pixels)
     np.save(tmp_path / "a.npy", pixels)

@@ -294,3 +294,15 @@ def test_describe_ends_with_the_sizes():
     assert "best.pth is chosen on test items" in lines[-1]
     (line,) = load_dataset("moons").describe()
     assert line == "data: moons, 100,000 train, 5,000 validation and 10,000 test items, 2"
+
+
+@pytest.mark.parametrize("part", [slice(0, None, 4), slice(3, None, 4), slice(8, 16)])
+def test_part_of_a_batch_is_its_items(part):
+    """Also where an epoch ends within the batch."""
+    items = torch.arange(50, dtype=torch.uint8).reshape(50, 1, 1, 1)
+    dataset = Dataset("x", items, items, torch.arange(50))
+    for step in range(4):
+        whole, labels = dataset.batch(3, step, 32)
+        x0, label = dataset.batch(3, step, 32, part)
+        assert torch.equal(x0, whole[part])
+        assert torch.equal(label, labels[part])

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import struct
+import time
 import warnings
 import zipfile
 import zlib
@@ -16,7 +17,7 @@ import torch
 from data_checks import gray, noise, refused, save
 from PIL import Image, ImageOps, PngImagePlugin
 
-from ddp.data import folder as folder_module
+from ddp.data import decode as decode_module
 from ddp.data import load_dataset
 from ddp.data import pixels as pixels_module
 from ddp.data.folder import read_images
@@ -423,28 +424,39 @@ def test_decompression_bomb_is_skipped_in_silence(tmp_path, side):
 
 def test_large_images_are_decoded_few_at_a_time(tmp_path, monkeypatch):
     """A palette image of 9,400 x 9,400 is 88 MB in a file of some KB, and more when converted."""
-    sizes, pools = [], []
-    composite, pool = Image.alpha_composite, folder_module.ThreadPoolExecutor
+    sizes, running, most = [], [], []
+    composite, read = Image.alpha_composite, decode_module.read_pixels
 
     def noting_composite(*images):
         sizes.append(images[0].size)
         return composite(*images)
 
-    def noting_pool(workers):
-        pools.append(workers)
-        return pool(workers)
+    def noting_read(*args):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.01)  # for others to come in
+        pixels = read(*args)
+        running.pop()
+        return pixels
 
     monkeypatch.setattr(Image, "alpha_composite", noting_composite)
-    monkeypatch.setattr(folder_module, "ThreadPoolExecutor", noting_pool)
+    monkeypatch.setattr(decode_module, "read_pixels", noting_read)
     monkeypatch.setattr(pixels_module, "STRIP_PIXELS", 1000)
-    monkeypatch.setattr(folder_module, "MAX_BYTES_AT_ONCE", 1 << 20)
     image = Image.fromarray(noise(200, 300)[..., 0]).convert("P")
     image.putpalette(COLORS.flatten().tolist() * 64)
     save(tmp_path / "a.png", image, transparency=2)
     assert only(tmp_path, image_size=(200, 300)).shape == (3, 200, 300)
     assert max(width * height for width, height in sizes) <= 1000
     assert len(sizes) == 67
-    assert pools[1] == 1  # of two more than a megabyte would be taken
+    for i in range(8):
+        shutil.copy(tmp_path / "a.png", tmp_path / f"{i}.png")
+    most.clear()
+    read_images(tmp_path, (200, 300))
+    assert max(most) > 1
+    monkeypatch.setattr(decode_module, "MAX_BYTES_AT_ONCE", 1 << 20)  # two would take more
+    most.clear()
+    read_images(tmp_path, (200, 300))
+    assert max(most) == 1
 
 
 @pytest.mark.parametrize("kind", ["BMP", "GIF", "TIFF", "PPM", "EPS"])
@@ -612,7 +624,7 @@ def test_zip_with_a_name_twice_holds_one_image(tmp_path):
 
 
 def test_zip_member_that_unpacks_to_too_much_is_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(folder_module, "MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr(decode_module, "MAX_FILE_BYTES", 1000)
     save(tmp_path / "folder" / "good.png", gray(5))
     (tmp_path / "folder" / "bomb.png").write_bytes(bytes(1001))
     images = read_images(zipped(tmp_path / "folder", tmp_path / "a.zip"))

@@ -1,5 +1,6 @@
 """Splits and classes from the names of files, and what is no data."""
 
+import itertools
 import json
 import zipfile
 
@@ -21,12 +22,13 @@ SPLIT += ["test/cat/c.png", "test/dog/c.png"]
 def arrange(*names):
     """(name -> split, name -> class) of images with these names, those left out left out."""
     names = sorted(names)
-    places, _ = find_splits(names)
-    splits, labels, classes, _ = find_classes(places, {}, False)
-    splits = [None] * len(places) if splits is None else splits.tolist()
-    labels = [-1] * len(places) if labels is None else labels.tolist()
-    kept = {name: split for name, split in zip(places, splits, strict=True) if split != -1}
-    labels = dict(zip(places, labels, strict=True))
+    layout, is_kept, _ = find_splits(names)
+    names = list(itertools.compress(names, is_kept))
+    splits, labels, classes, _ = find_classes(names, layout.select(is_kept), {}, False)
+    splits = [None] * len(names) if splits is None else splits.tolist()
+    labels = [-1] * len(names) if labels is None else labels.tolist()
+    kept = {name: split for name, split in zip(names, splits, strict=True) if split != -1}
+    labels = dict(zip(names, labels, strict=True))
     return kept, {name: classes[labels[name]] if labels[name] >= 0 else None for name in kept}
 
 
@@ -130,7 +132,7 @@ def test_split_without_a_readable_image_is_refused(tmp_path, folder, title):
     save_all(tmp_path, SPLIT)
     for path in (tmp_path / folder).rglob("*.png"):
         path.write_bytes(b"")
-    refused(OSError, f"no readable {title} image", load_dataset, str(tmp_path))
+    refused(OSError, f"no {title} item that can be used", load_dataset, str(tmp_path))
 
 
 def test_stray_image_beside_class_folders_is_named(tmp_path):
