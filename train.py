@@ -8,18 +8,19 @@ from tqdm import tqdm
 
 from ddp.config import Config
 from ddp.data import load_dataset
+from ddp.distributed import main_first, on_main
 from ddp.io import cli
-from ddp.io.checkpoint import restore
+from ddp.io.checkpoint import units_of
 from ddp.io.cli import add_flag
-from ddp.io.device import select_device, select_precision, set_tf32
+from ddp.io.device import select_device, select_precision
 from ddp.io.diagnostics import dry_run, profile
-from ddp.io.memory import require_memory
+from ddp.io.memory import fit_shards
 from ddp.io.progress import Progress, plan
 from ddp.io.run_dir import accept_data, require_same_data, resolve_run
 from ddp.io.run_lock import write_record
 from ddp.io.run_writer import RunWriter, is_due
+from ddp.io.setup import build_trainer
 from ddp.io.terminal import GracefulStop
-from ddp.training import Trainer
 
 
 def parse(arguments=None):
@@ -38,7 +39,7 @@ def main(args):
     overrides = dict(vars(args))
     names = ("plugin", "resume", "new_data", "dry_run", "profile")
     options = {name: overrides.pop(name, None) for name in names}
-    config, folder, path, state = resolve_run(overrides, options["resume"])
+    config, folder, path, state = on_main(resolve_run, overrides, options["resume"])
     if state:
         newest = ", the newest" if options["resume"] == "auto" else ""
         print(f"resume: {path}, step {state['step']:,}{newest}")
@@ -46,16 +47,16 @@ def main(args):
         print(f"nothing to resume in {Path(config.out_dir).resolve()}: a new run")
     device = select_device(config.device)
     select_precision(config.precision, device)  # refused before anything is downloaded
-    dataset = load_dataset(**config.data_options(), progress=tqdm)
+    with main_first():  # which downloads or decodes for all
+        dataset = load_dataset(**config.data_options(), units=units_of(state), progress=tqdm)
     print(*dataset.describe(), sep="\n")
     if state and options["new_data"]:
         accept_data(state, dataset)
     elif state:
         require_same_data(state, path, dataset)
-    config = config.resolve(dataset)
-    require_memory(config, dataset, device)
+    config = fit_shards(config.resolve(dataset), dataset, device, print)
     if options["dry_run"] or options["profile"]:
-        trainer = build_trainer(config, dataset, device, state)
+        trainer = build_trainer(config, dataset, device, state, print)
         for line in dry_run(trainer, folder) if options["dry_run"] else ():
             print(line)
         if options["profile"]:
@@ -64,18 +65,7 @@ def main(args):
     step = state["step"] if state else 0
     with RunWriter(folder, path, step, may_number=not (state or config.name)) as run:
         write_record(run.lock, config, dataset)
-        return train_loop(build_trainer(config, dataset, device, state), run)
-
-
-def build_trainer(config, dataset, device, state):
-    """Return a Trainer at the step of a checkpoint's dict, or at the start for None."""
-    precision = select_precision(config.precision, device)
-    set_tf32(precision != "fp32")
-    trainer = Trainer(config, dataset, device, precision)
-    if state:
-        restore(trainer, state)
-    print(f"network: {trainer.num_params:,} parameters on {device}, trained in {precision}")
-    return trainer
+        return train_loop(build_trainer(config, dataset, device, state, print), run)
 
 
 def train_loop(trainer, run):
@@ -98,7 +88,7 @@ def train_loop(trainer, run):
             if finished or is_due(stats, config.sample_every or config.save_every):
                 progress.tell(run.write_samples(trainer))
             progress.update(trainer.step, run.latest_loss)
-            if stop.signal and not finished:
+            if not finished and stop.came():
                 break
         finished = finished or not stop.signal
         progress.tell(run.export(trainer) if finished else run.save_interrupted(trainer))

@@ -4,7 +4,14 @@ The public names, in reading order. Those of files and figures are in ddp.io, th
 ddp.metrics.
 """
 
-__version__ = "0.3.0"
+__version__ = "0.4.0"
+
+import os
+
+# A thread that waits spins before it gives its core to others; libgomp's own 300,000 turns are a
+# time slice (docs/performance.md). PyTorch's looks here when it is loaded; what is set stands.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 from ddp.schedule import SCHEDULES, SPACINGS, Schedule
 from ddp.noise_dist import NOISE_DISTS
@@ -15,5 +22,6 @@ from ddp.loss import WEIGHTINGS, denoising_loss
 from ddp.sampling import SAMPLERS, sample, sample_loop, sample_trajectory
 from ddp.training import Trainer, train
 from ddp.options import SamplerOptions
-from ddp.config import PRESETS, Config
+from ddp.presets import PRESETS
+from ddp.config import Config
 from ddp.data import DATASETS, Dataset, load_dataset

@@ -38,20 +38,23 @@ def bound_terms(
 def backward_through_schedule(
     trainer,  # a Trainer, after the network's backward pass
     k,  # the batch's number
-    x0,  # (B, *event)
-    log_snr,  # (B,), a leaf: log_snr.grad is the scaled gradient of the mean of f
-    loss,  # (B,), before its weight
+    part,  # a slice: which of its items
+    x0,  # (b, *event), those
+    log_snr,  # (b,), a leaf: log_snr.grad is the scaled gradient of the mean of f
+    loss,  # (b,), before its weight
 ):
-    """Add the schedule's gradients to its parameters; return its part of the step's loss, 0-d.
+    """Add the schedule's gradients to its parameters; return what an item's loss lacks, 0-d.
 
     That is the mean of `bound_terms`: with it the loss of the step is the whole bound."""
     config = trainer.config
     schedule = trainer.model.schedule
     scale = trainer.scaler.scale
-    level, weight = trainer.draw_levels(k, len(x0))  # the same once more, with their graph
+    count = len(x0) * part.step  # items of the batch
+    level, weight = trainer.draw_levels(k, count)  # the same once more, with their graph
+    level, weight = level[part], weight[part]
     loss = loss.detach()
     grad_level = log_snr.grad  # of the mean of f
-    grad_weight = scale(loss / (len(x0) * config.grad_accumulation))
+    grad_weight = scale(loss / (count * config.grad_accumulation))
     f = weight.detach() * loss
     between = [p for p in schedule.parameters() if p is not schedule.network.endpoints]
     torch.autograd.backward(
@@ -60,13 +63,13 @@ def backward_through_schedule(
         inputs=between,
         retain_graph=True,
     )
-    x0 = x0[:ENDPOINT_ITEMS]
-    indices = torch.arange(len(x0), device=x0.device)
+    x0 = x0[: max(1, ENDPOINT_ITEMS // part.step)]
+    indices = torch.arange(count, device=x0.device)[part][: len(x0)]
     eps = normal(config.seed, "endpoint", k, indices, trainer.model.event)
-    ends = bound_terms(schedule, x0, eps, trainer.dataset.is_image).mean()
-    ends = ends / config.grad_accumulation
+    ends = bound_terms(schedule, x0, eps, trainer.dataset.is_pixels).mean()
+    share = part.step * config.grad_accumulation  # the mean is over all parts and batches
     torch.autograd.backward(
-        [level, weight, scale(ends)],
+        [level, weight, scale(ends / share)],
         [grad_level, grad_weight, None],
         inputs=[schedule.network.endpoints],
     )

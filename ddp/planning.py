@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from ddp.distributed import broadcast
 from ddp.validation import fitting_batch
 
 TRIAL_SECONDS, TRIAL_FRACTION = 5.0, 0.02  # of the time that is left; the less of both is tried
@@ -35,7 +36,7 @@ def plan_steps(trainer):
     else:
         left -= min(SAVES * save_seconds, left / 2)
     steps = trainer.step + int(max(left, 0) / max(step_seconds, 1e-9))
-    trainer.config = replace(config, planned_steps=max(steps, 1))
+    trainer.config = replace(config, planned_steps=broadcast(max(steps, 1)))
 
 
 def time_trial(trainer, seconds):
@@ -43,16 +44,18 @@ def time_trial(trainer, seconds):
     for _ in range(TRIAL_WARMUP):  # kernels are chosen, memory is allocated
         trainer.train_step(0.0)
     synchronize(trainer.device)
-    started = time.monotonic()
+    started = broadcast(time.monotonic())
     count = 0
-    while count < TRIAL_STEPS or time.monotonic() - started < seconds:
+    now = started
+    while count < TRIAL_STEPS or now - started < seconds:
         trainer.train_step(0.0)
         count += 1
+        now = broadcast(time.monotonic())  # all processes take the same number of steps
     synchronize(trainer.device)
     trained = time.monotonic()
     trainer.recalibrated_ema()
     trainer.val_loss()
-    shown = SHOWN_IMAGES if trainer.dataset.is_image else SHOWN_POINTS
+    shown = SHOWN_IMAGES if len(trainer.dataset.event) > 1 else SHOWN_POINTS
     with torch.no_grad():
         x0, label = trainer.training_batch(0, fitting_batch(trainer.dataset.event, shown))
         for _ in range(SAMPLING_STEPS):

@@ -10,21 +10,23 @@ from torch import nn
 from torch.profiler import record_function
 
 from ddp import planning, validation
+from ddp.augment import augment_images
+from ddp.distributed import broadcast, default_shards
 from ddp.forward import q_sample
 from ddp.learned_schedule import backward_through_schedule, bound_terms
 from ddp.loss import denoising_loss
 from ddp.model import build_model
 from ddp.noise_dist import build_noise_dist
-from ddp.optim import build_optimizers
+from ddp.optim import build_optimizers, load_moments
 from ddp.rng import derive_seed, normal, uniform
+from ddp.shards import PartSums
 
 LR_SCHEDULES = {  # progress in [0, 1] -> factor on lr
     "cosine": lambda p: 0.5 * (1 + math.cos(math.pi * p)),
     "linear": lambda p: 1 - p,
     "constant": lambda p: 1.0,
 }
-BN_BATCHES = 8  # to recompute BatchNorm's statistics
-BN_BATCH_IMAGES, BN_BATCH_POINTS = 512, 8192  # an image has many positions, a point one
+EVERY = slice(0, None, 1)  # the part of a batch that is all of it
 WARMUP_FRACTION = 0.1  # of a run: the largest in which the learning rate rises
 
 
@@ -55,7 +57,7 @@ class Trainer:
         precision="fp32",  # compute dtype: fp32, bf16 or fp16
     ):
         config = config.resolve(dataset)
-        self.config = config
+        self.config = config = replace(config, shards=config.shards or default_shards())
         self.device = torch.device(device)
         self.precision = precision
         self.dataset = dataset
@@ -69,7 +71,7 @@ class Trainer:
         self.bn_fresh_at_step = None
         torch.manual_seed(config.seed)
         num_classes = len(dataset.classes) if config.class_cond else 0
-        self.model = build_model(config, dataset.event, num_classes).to(self.device)
+        self.model = build_model(config, dataset.event, num_classes, dataset.units).to(self.device)
         if dataset.is_image:
             self.model.to(memory_format=torch.channels_last)
         self.ema = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -82,6 +84,7 @@ class Trainer:
             self.model, config.optimizer, config.weight_decay
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self.sums = PartSums(self.model, config)
 
     @property
     def num_params(self):
@@ -103,27 +106,32 @@ class Trainer:
         config = self.config
         lr = self.set_lr(lr_progress)
         self.model.train()
-        total = 0.0
-        for i in range(config.grad_accumulation):
-            k = self.step * config.grad_accumulation + i  # the batch's number in the run
-            with record_function("part batch"):
-                if self.has_dropout:  # it is keyed by position, too
-                    torch.manual_seed(derive_seed(config.seed, "dropout", k))
-                x0, label = self.training_batch(k, config.batch_size, config.noise_copies)
-                log_snr, weight = self.sample_log_snr(k, len(x0))  # (B,), (B,)
-                eps = self.eps(k, x0)  # (B, *event)
-                x_t = q_sample(x0, log_snr, eps)  # (B, *event)
-            with record_function("part forward"), self.autocast():
-                x0_hat = self.model.denoise(x_t, log_snr, label)  # (B, *event)
-            loss = denoising_loss(x0_hat, x0, log_snr, config.weighting, config.loss)  # (B,)
-            total = total + self.backward((weight * loss).sum(), len(x0))
-            if self.noise_dist_learns:
-                self.noise_dist.update(self.model.schedule, log_snr, weight * loss)
-            if self.model.schedule.network is not None:  # the loss is the bound, its ends' part too
-                total = total + backward_through_schedule(self, k, x0, log_snr, loss)
+        for part in self.sums.parts():  # those of this process, each on its own
+            for i in range(config.grad_accumulation):
+                k = self.step * config.grad_accumulation + i  # the batch's number in the run
+                with record_function("part batch"):
+                    if self.has_dropout:  # it is keyed by position, too
+                        number = k * part.step + part.start
+                        torch.manual_seed(derive_seed(config.seed, "dropout", number))
+                    x0, label = self.training_batch(k, config.batch_size, config.noise_copies, part)
+                    x0, augment = self.augmented(k, x0, part)  # augment: None, or (b, 9)
+                    log_snr, weight = self.sample_log_snr(k, part)  # (b,), (b,)
+                    eps = self.eps(k, x0, part)  # (b, *event)
+                    x_t = q_sample(x0, log_snr, eps)  # (b, *event)
+                with record_function("part forward"), self.autocast():
+                    x0_hat = self.model.denoise(x_t, log_snr, label, augment)  # (b, *event)
+                loss = denoising_loss(x0_hat, x0, log_snr, config.weighting, config.loss)  # (b,)
+                self.backward((weight * loss).sum())
+                self.sums.losses[i, part] = (weight * loss).detach()
+                if self.model.schedule.network is not None:  # the loss is the whole bound
+                    ends = backward_through_schedule(self, k, part, x0, log_snr, loss)
+                    self.sums.losses[i, part] += ends
+        losses = self.sums.total()  # (batches, B), and the gradients of all parts
+        self.update_noise_dist(losses)
         grad_norm = self.optimizer_step()
+        loss = (losses.sum(dim=1) / losses.numel()).sum()
         items = self.step * config.grad_accumulation * config.batch_size
-        return StepStats(self.step, items / len(self.dataset.train), total, grad_norm, lr)
+        return StepStats(self.step, items / len(self.dataset.train), loss, grad_norm, lr)
 
     def set_lr(self, lr_progress):
         """Set the learning rate of every parameter group, and return that of AdamW."""
@@ -140,20 +148,26 @@ class Trainer:
             group["lr"] = lr * scale
         return lr
 
-    def training_batch(self, k, size, noise_copies=1):
-        """Return x0 (B, *event) and label (B,) or None of batch k, on the device.
+    def training_batch(self, k, size, noise_copies=1, part=EVERY):
+        """Return x0 (b, *event) and label (b,) or None of a part of batch k, on the device.
 
-        B = size * noise_copies: each copy of an item gets its own noise. Labels are dropped with
-        probability label_dropout, for CFG."""
-        x0, label = self.dataset.batch(self.config.seed, k, size)
+        The whole has size * noise_copies items: each copy gets its own noise. Labels are dropped
+        with probability label_dropout, for CFG."""
+        x0, label = self.dataset.batch(self.config.seed, k, size, part)
         x0 = x0.repeat(noise_copies, *[1] * (x0.ndim - 1))
         x0 = x0.to(self.device, non_blocking=True)
         if not self.model.num_classes:
             return x0, None
-        u = uniform(self.config.seed, "label_dropout", k, torch.arange(len(x0)))
+        positions = torch.arange(size * noise_copies)[part]
+        u = uniform(self.config.seed, "label_dropout", k, positions)
         kept = u >= self.config.label_dropout
         label = label.repeat(noise_copies).where(kept, self.model.num_classes)
         return x0, label.to(self.device, non_blocking=True)
+
+    def augmented(self, k, x0, part=EVERY):
+        """Return a part of batch k augmented, and what the network is told of it, or None."""
+        positions = torch.arange(part.start, part.step * len(x0), part.step)
+        return augment_images(x0, self.config.seed, k, positions, self.config.augment)
 
     def draw_levels(self, k, count, purpose="train", schedule=None):
         """Return log_snr and weight, (count,) each, as functions of the schedule's parameters."""
@@ -163,23 +177,31 @@ class Trainer:
         log_snr = log_snr.to(self.device, non_blocking=True)
         return log_snr, weight.to(self.device, non_blocking=True)
 
-    def sample_log_snr(self, k, count):
-        """Return the noise levels of batch k and their weights, (count,) each, as constants."""
-        log_snr, weight = self.draw_levels(k, count)
+    def sample_log_snr(self, k, part=EVERY):
+        """Return the noise levels of a part of batch k and their weights, (b,), as constants."""
+        log_snr, weight = self.draw_levels(k, self.sums.losses.shape[1])
         trained = self.model.schedule.network is not None  # then log_snr.grad is wanted
-        return log_snr.detach().requires_grad_(trained), weight.detach()
+        return log_snr[part].detach().requires_grad_(trained), weight[part].detach()
 
-    def eps(self, k, x0, purpose="train"):
-        """Return the noise of batch k, N(0, I) like x0."""
-        indices = torch.arange(len(x0), device=self.device)
+    def eps(self, k, x0, part=EVERY, purpose="train"):
+        """Return the noise of a part of batch k, N(0, I) like x0."""
+        end = part.step * len(x0)
+        indices = torch.arange(part.start, end, part.step, device=self.device)
         return normal(self.config.seed, f"{purpose}_eps", k, indices, self.model.event)
 
     @record_function("part backward")
-    def backward(self, loss_sum, count):
-        """Add the gradients of the mean loss of a batch, and return its part of the step's loss."""
-        accumulation = self.config.grad_accumulation
-        self.scaler.scale(loss_sum * (1 / (count * accumulation))).backward()
-        return loss_sum.detach() / count / accumulation
+    def backward(self, loss_sum):
+        """Add the gradients of a part's share of the mean loss over all batches of the step."""
+        self.scaler.scale(loss_sum * (1 / self.sums.losses.numel())).backward()
+
+    def update_noise_dist(self, losses):
+        """Let a noise distribution that learns know the step's losses, (batches, B)."""
+        if not self.noise_dist_learns:
+            return
+        numbers = range(self.step * len(losses), (self.step + 1) * len(losses))  # of batches
+        levels = [self.draw_levels(k, losses.shape[1])[0] for k in numbers]  # as were drawn
+        for log_snr, loss in zip(levels, losses, strict=True):
+            self.noise_dist.update(self.model.schedule, log_snr, loss)
 
     @record_function("part optimizer")
     @torch.no_grad()
@@ -211,7 +233,7 @@ class Trainer:
         denoise: what takes the place of the EMA model's."""
         schedule = self.ema.schedule
         log_snr, weight = self.draw_levels(k, len(x0), purpose, schedule)
-        eps = self.eps(k, x0, purpose)
+        eps = self.eps(k, x0, purpose=purpose)
         x_t = q_sample(x0, log_snr, eps)
         with self.autocast():
             x0_hat = (denoise or self.ema.denoise)(x_t, log_snr, label)
@@ -219,15 +241,14 @@ class Trainer:
         loss = weight * denoising_loss(x0_hat, x0, log_snr, config.weighting, config.loss)
         if schedule.network is None:
             return loss
-        return loss + bound_terms(schedule, x0, eps, self.dataset.is_image)
+        return loss + bound_terms(schedule, x0, eps, self.dataset.is_pixels)
 
     def recalibrated_ema(self):
         """Return the EMA model, its BatchNorm statistics recomputed under the EMA weights.
 
         Those of the raw model would make EMA weights a different network."""
         if self.bn_fresh_at_step != self.step:
-            size = BN_BATCH_IMAGES if self.dataset.is_image else BN_BATCH_POINTS
-            validation.recalibrate(self, BN_BATCHES, size)
+            validation.recalibrate(self)
             self.bn_fresh_at_step = self.step
         return self.ema.eval()
 
@@ -250,6 +271,8 @@ class Trainer:
 
         def progress():
             self.seconds = time.monotonic() - started
+            if limit < math.inf:  # all processes must end at the same step
+                self.seconds = broadcast(self.seconds)
             return max(self.step / num_steps, self.seconds / limit)
 
         now = progress()
@@ -285,11 +308,7 @@ class Trainer:
         """Go on from what `state_dict` returned. What the config says stays as it says.
 
         Raises ValueError when something does not fit, or cannot be."""
-        least = validation.least_loss(self)
-        if not (state["best"] is None or least < state["best"] < math.inf):
-            raise ValueError(f"best={state['best']}: expected a loss, more than {least:g}")
-        if not 0 <= state["seconds"] < math.inf:
-            raise ValueError(f"seconds={state['seconds']}: expected 0 or more")
+        validation.require_possible(self, state["best"], state["seconds"])
         self.ema.load_state_dict(state["ema"])
         self.model.load_state_dict(state["model"])
         if state["scaler"]:  # else the run was not in fp16 so far
@@ -302,25 +321,6 @@ class Trainer:
         self.best = state["best"]
         self.seconds = state["seconds"]
         self.bn_fresh_at_step = None
-
-
-@torch.no_grad()
-def load_moments(optimizer, saved):
-    """Take over the moments and step counters of a state_dict, but no hyper-parameter.
-
-    Raises ValueError when a moment has not the size of its weight, at which no optimizer looks."""
-    state = optimizer.state_dict() | {"state": {}}
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    for i, moments in saved["state"].items():
-        state["state"][i] = {}
-        for name, value in moments.items():
-            like = value if name == "step" else weights[i]
-            if value.numel() != like.numel():
-                raise ValueError(f"{name} of weight {i} has {value.numel()} numbers")
-            # in the weight's own order in memory, in which fused AdamW goes through both
-            like = like if like.shape == value.shape else value.contiguous()  # Muon's, a matrix
-            state["state"][i][name] = torch.empty_like(like).copy_(value)
-    optimizer.load_state_dict(state)
 
 
 def train(

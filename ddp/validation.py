@@ -5,10 +5,13 @@ import math
 import torch
 from torch import nn
 
+from ddp.distributed import in_order
 from ddp.forward import alpha_sigma
 from ddp.model import PREDICTIONS
 
 VAL_ITEMS, VAL_BATCH = 2000, 500
+BN_BATCHES = 8  # to recompute BatchNorm's statistics
+BN_BATCH_IMAGES, BN_BATCH_POINTS = 512, 8192  # an image has many positions, a point one
 BATCH_POSITIONS = 64 * 64  # of an image for which batches are as large as asked for
 FAR_BOUND = 5.0  # nats a dimension
 LEAST_BOUND = -10.0  # nats a dimension of points, to which a learned schedule's ends hold the VLB
@@ -21,26 +24,34 @@ def fitting_batch(event, size):
 
 
 @torch.no_grad()
-def recalibrate(
-    trainer,  # a Trainer
-    batches,
-    size,  # of each
-):
+def recalibrate(trainer):
     """Recompute BatchNorm's statistics of the EMA model under its own weights.
 
     Batches are noised as in training, dropout is off, and the statistics are means over all
     batches: a function of the weights and the seed alone."""
     norms = [m for m in trainer.ema.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    size = BN_BATCH_IMAGES if len(trainer.dataset.event) > 1 else BN_BATCH_POINTS
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
+        norm.momentum = None  # running statistics that were reset become those of the batch
         norm.train()
-    for k in range(batches if norms else 0):
+
+    def statistics(k):
+        for norm in norms:
+            norm.reset_running_stats()
         x0, label = trainer.training_batch(k, fitting_batch(trainer.dataset.event, size))
-        trainer.ema_loss(x0, label, k, "bn")
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+        augmented, told = trainer.augmented(k, x0)
+        trainer.ema_loss(augmented if told is None else x0, label, k, "bn")
+        pairs = [torch.stack([norm.running_mean, norm.running_var]) for norm in norms]
+        return [pair.cpu() for pair in pairs]  # (2, channels) each
+
+    of_batches = list(in_order(statistics, range(BN_BATCHES if norms else 0)))
+    for i, norm in enumerate(norms):
+        mean, var = torch.stack([of_norms[i] for of_norms in of_batches]).mean(dim=0)
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+        norm.num_batches_tracked.fill_(BN_BATCHES)
+        norm.momentum = momenta[i]
 
 
 @torch.no_grad()
@@ -50,20 +61,31 @@ def val_loss(
 ):
     """Return the mean of trainer.ema_loss over `selection_items`, at fixed levels, fixed noise."""
     dataset = trainer.dataset
-    total = 0.0
     items = torch.arange(min(dataset.num_selection, VAL_ITEMS))
-    for k, indices in enumerate(items.split(fitting_batch(dataset.event, VAL_BATCH))):
-        x0, label = dataset.selection_items(indices)
+    batches = items.split(fitting_batch(dataset.event, VAL_BATCH))
+
+    def loss_sum(k):
+        x0, label = dataset.selection_items(batches[k])
         if label is not None:
             label = label.to(trainer.device) if trainer.model.num_classes else None
-        total += trainer.ema_loss(x0.to(trainer.device), label, k, "test", denoise).sum().item()
-    return total / len(items)
+        return trainer.ema_loss(x0.to(trainer.device), label, k, "test", denoise).sum().item()
+
+    return sum(in_order(loss_sum, range(len(batches)))) / len(items)
+
+
+def require_possible(trainer, best, seconds):
+    """Raise ValueError unless a checkpoint's best loss and seconds of training can be."""
+    least = least_loss(trainer)
+    if not (best is None or least < best < math.inf):
+        raise ValueError(f"best={best}: expected a loss, more than {least:g}")
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds={seconds}: expected 0 or more")
 
 
 def least_loss(trainer):
     """Return a number that every loss of the trainer's is above."""
     learned = trainer.model.schedule.network is not None
-    return LEAST_BOUND if learned and not trainer.dataset.is_image else 0.0
+    return LEAST_BOUND if learned and not trainer.dataset.is_pixels else 0.0
 
 
 @torch.no_grad()

@@ -36,9 +36,9 @@ def shared_data():
 @pytest.fixture
 def small_bn_batches(monkeypatch):
     """Recompute BatchNorm's statistics on little data, where they need not be good."""
-    monkeypatch.setattr("ddp.training.BN_BATCHES", 2)
-    monkeypatch.setattr("ddp.training.BN_BATCH_IMAGES", 32)
-    monkeypatch.setattr("ddp.training.BN_BATCH_POINTS", 64)
+    monkeypatch.setattr("ddp.validation.BN_BATCHES", 2)
+    monkeypatch.setattr("ddp.validation.BN_BATCH_IMAGES", 32)
+    monkeypatch.setattr("ddp.validation.BN_BATCH_POINTS", 64)
 
 
 @pytest.fixture(autouse=True)

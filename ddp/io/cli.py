@@ -1,6 +1,7 @@
 """The command line: flags made from dataclasses, plugins, one line for every error, exit codes."""
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -11,10 +12,11 @@ import sys
 import traceback
 from pathlib import Path
 
-from ddp.config import OLD_NAMES, OLD_VALUES
+from ddp.distributed import is_first_failure, is_lost_process, processes
 from ddp.editing import EDITS, EditInputs
 from ddp.io.terminal import safe_process
-from ddp.options import SamplerOptions, image_size, integers
+from ddp.options import SamplerOptions, count_or_auto, image_size, integers
+from ddp.presets import OLD_NAMES, OLD_VALUES
 
 NEW_NAMES = {new: old for old, new in OLD_NAMES.items()}
 # the field of Config at which each topic of the help begins
@@ -37,7 +39,9 @@ def path(text):
 
 
 METAVARS = {path: "PATH", int: "N", float: "X", integers: "N,N", image_size: "N or HxW"}
+METAVARS[count_or_auto] = "N"
 KINDS = {
+    count_or_auto: "a whole number, or auto",
     int: "a whole number",
     float: "a number",
     integers: "whole numbers, such as 4,8",
@@ -71,6 +75,13 @@ def add_flag(parser, name, alias=None, alias_type=None, **options):
         hidden["type"] = alias_type
     for spelling in sorted({alias, alias.replace("_", "-")}) if alias else ():
         parser.add_argument(f"--{spelling}", dest=name, **hidden)
+
+
+def add_machine_flags(parser):
+    """Add the flags of what computes."""
+    add_flag(parser, "device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    help = "CPU threads (default: auto, what is fastest now)"
+    add_flag(parser, "threads", type=count_or_auto, default=0, help=help)
 
 
 def add_plugin_flag(parser):
@@ -259,6 +270,8 @@ def exit_status(error):
         code, line = (1, f"error: {fault}") if fault else (2, line)
     elif isinstance(error, (OSError, FloatingPointError)):
         code = 1
+    elif is_lost_process(error):
+        code, line = 1, "error: another process was lost; torchrun --max-restarts 3 goes on alone"
     elif type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
         reason = str(error)[:200]
         code, line = 1, f"error: compile does not work here ({reason}); leave it out"
@@ -266,7 +279,7 @@ def exit_status(error):
         isinstance(error, RuntimeError) and "memory" in str(error)
     ):
         reason = str(error).splitlines()[:1] or ["too little memory"]
-        code, line = 1, f"error: {reason[0]}; try a smaller batch_size"
+        code, line = 1, f"error: {reason[0]}; try a smaller batch_size, or shards=auto"
     else:
         raise error
     return code, " ".join(line.split())
@@ -278,12 +291,16 @@ def command(
     arguments=None,  # default: sys.argv
 ):
     """Run a script -> its exit code, as exit_status says; no print fails, and signals tidy up."""
-    with safe_process():
+    with safe_process(), contextlib.ExitStack() as launch:
+        stderr = sys.stderr
         try:
+            stderr = launch.enter_context(processes())
             load_plugins(arguments)
             return main(parse(arguments))
         except (Exception, KeyboardInterrupt) as error:
+            if not is_first_failure():  # the cause is that of the first
+                return 1
             code, line = exit_status(error)
             script = os.path.basename(sys.modules[main.__module__].__file__)
-            print(f"{script}: {line}", file=sys.stderr)
+            print(f"{script}: {line}", file=stderr)
             return code

@@ -3,6 +3,7 @@
 A step is taken on PyTorch's meta device, whose tensors have shapes and no numbers.
 """
 
+import gc
 import math
 import os
 import weakref
@@ -15,13 +16,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ddp.distributed import alone, default_shards, gather, local_processes, world_size
 from ddp.io.device import select_precision
 from ddp.model import build_model
 from ddp.optim import Muon, build_optimizers
-from ddp.training import BN_BATCH_IMAGES, BN_BATCH_POINTS
-from ddp.validation import fitting_batch
+from ddp.training import Trainer
+from ddp.validation import BN_BATCH_IMAGES, BN_BATCH_POINTS, fitting_batch
 
 BATCH_BYTES = 40  # of a number in a batch: x0, eps, x_t, x0_hat, and the random words behind them
+TRIAL_STEPS = 2  # the second has the optimizer's moments beside the activations
 
 
 class LiveBytes(TorchDispatchMode):
@@ -72,10 +75,12 @@ def training_memory(config, event, num_classes=0, precision="fp32"):
     """Return the bytes that training takes, by what they are for: a dict. No memory is taken.
 
     config: resolved. event: the shape of an item. num_classes: labels that the network is told.
-    "activations" are the most that a forward and backward pass has at once, gradients aside.
-    Empty for a network that cannot be built without numbers."""
-    items = config.batch_size * config.noise_copies
-    size = BN_BATCH_IMAGES if len(event) == 3 else BN_BATCH_POINTS
+    "activations" are the most that a forward and backward pass over a part of a batch has at once,
+    gradients aside. "sums" are over parts: in a tree they wait for each other. What of the dataset
+    lies in memory is there already. Empty for a network that cannot be built without numbers."""
+    shards = config.shards or 1  # auto is tried with 1 first
+    items = -(-config.batch_size // shards) * config.noise_copies
+    size = BN_BATCH_IMAGES if len(event) > 1 else BN_BATCH_POINTS
     with torch.device("meta"):
         try:
             model = build_model(config, event, num_classes)
@@ -94,8 +99,14 @@ def training_memory(config, event, num_classes=0, precision="fp32"):
     if precision != "fp32":
         passed //= 2
     report = dict.fromkeys(("weights", "EMA", "gradients"), weights)  # each as large as the others
+    sums = 0
+    if max(shards, world_size()) > 1:  # of each level of the tree one, and one that is added
+        own_parts = -(-shards // world_size())
+        sums = weights * own_parts.bit_length()
+    if world_size() > 1:  # what is sent, received and handed round, when no activation is left
+        passed = max(passed, 3 * weights)
     batch = BATCH_BYTES * items * math.prod(event)
-    return report | {"optimizer": moments, "activations": passed, "batch": batch}
+    return report | {"sums": sums, "optimizer": moments, "activations": passed, "batch": batch}
 
 
 def step_bytes(model, items):
@@ -118,42 +129,107 @@ def step_bytes(model, items):
 def require_memory(config, dataset, device):
     """Return what `training_memory` says of a run, or raise ValueError when there is less.
 
-    config: resolved for the dataset. The message says which batch_size would fit."""
-    num_classes = len(dataset.classes) if config.class_cond else 0
-    precision = select_precision(config.precision, device)
-
-    def needed_by(batch_size):
-        smaller = replace(config, batch_size=batch_size)
-        return training_memory(smaller, dataset.event, num_classes, precision)
-
-    memory = needed_by(config.batch_size)
-    needed = sum(memory.values())
+    config: resolved for the dataset. The message says which number of shards would fit."""
     available = available_memory(device)
+    memory = needed_memory(config, dataset, device)
+    needed = sum(memory.values())
     if needed <= available:
         return memory
-    least = 2 if config.norm == "batch" else 1
-    needed_by_least = sum(needed_by(least).values())
-    what = f"batch_size={config.batch_size} of {'x'.join(map(str, dataset.event))}"
-    if needed_by_least <= available:
-        more = (available - needed_by_least) / (needed - needed_by_least)  # of what is asked for
-        fits = least + int(more * (config.batch_size - least))
-        parts = -(-config.batch_size // fits)  # in which the batch fits
-        accumulation = parts * config.grad_accumulation
-        fits = -(-config.batch_size // parts)  # as many items in all as were asked for
-        advice = f"batch_size={fits} fits, with grad_accumulation={accumulation}"
+    for smaller in with_more_shards(config):
+        needed_by_part = sum(needed_memory(smaller, dataset, device).values())
+        if needed_by_part <= available:
+            advice = f"shards={smaller.shards} fits, and checkpoint_activations=True takes less"
+            break
     else:
-        what += f" (and {least} takes {needed_by_least / 1e9:,.1f} GB)"
-        advice = "use a smaller channels_base or blocks_per_level, or smaller images"
+        advice = (
+            f"parts of {smaller.batch_size // smaller.shards} still take "
+            f"{needed_by_part / 1e9:,.1f} GB; use checkpoint_activations=True, or a smaller "
+            "batch_size, channels_base or image"
+        )
+    part = config.batch_size // (config.shards or 1)
     raise ValueError(
-        f"{what} takes {needed / 1e9:,.1f} GB, and {available / 1e9:,.1f} GB are free; {advice}"
+        f"batch_size={config.batch_size}, {part} at a time of {'x'.join(map(str, dataset.event))}, "
+        f"takes {needed / 1e9:,.1f} GB, and {available / 1e9:,.1f} GB are free; {advice}"
     )
 
 
+def needed_memory(config, dataset, device):
+    """Return `training_memory` of a run on a dataset, a dict."""
+    num_classes = len(dataset.classes) if config.class_cond else 0
+    precision = select_precision(config.precision, device)
+    return training_memory(config, dataset.event, num_classes, precision)
+
+
+def with_more_shards(config):
+    """Yield the config, and with twice as many shards as often as the batch can be halved."""
+    least = 2 if config.norm == "batch" else 1  # items in a part
+    shards = config.shards or default_shards()
+    yield replace(config, shards=shards)
+    while config.batch_size % (2 * shards) == 0 and config.batch_size >= 2 * shards * least:
+        shards *= 2
+        yield replace(config, shards=shards)
+
+
+# ---- the number of shards that fits ----
+
+
+def fit_shards(
+    config,  # resolved for the dataset
+    dataset,
+    device,
+    tell,  # called with a line of text
+):
+    """Return the config with shards chosen where it was auto (0): the fewest that fit in memory.
+
+    On a GPU some steps are tried, by a Trainer that is thrown away; elsewhere the estimate decides.
+    Raises ValueError where the memory is not enough, also for a number of shards that was given."""
+    if config.shards != 0:
+        require_memory(config, dataset, device)
+        return config
+    fits = fits_by_trial if device.type == "cuda" else fits_by_estimate
+    for fitted in with_more_shards(config):
+        part = fitted.batch_size // fitted.shards
+        if not any(gather(not fits(fitted, dataset, device))):  # on all processes
+            if fitted.shards > default_shards():
+                tell(f"shards: {fitted.shards}; parts of {2 * part} items do not fit in memory")
+            return fitted
+    raise ValueError(
+        f"shards=auto: parts of {part} of batch_size={config.batch_size} take more memory than "
+        "there is; use checkpoint_activations=True, or a smaller channels_base or image"
+    )
+
+
+def fits_by_estimate(config, dataset, device):
+    needed = sum(needed_memory(config, dataset, device).values())
+    return needed <= available_memory(device)
+
+
+def fits_by_trial(config, dataset, device):
+    """Return whether a few steps of this process fit in its GPU's memory."""
+    precision = select_precision(config.precision, device)
+    fits = True
+    try:
+        with alone():  # else a process would wait for one that ran out of memory
+            trainer = Trainer(config, dataset, device, precision)
+            for _ in range(TRIAL_STEPS):
+                trainer.train_step(0.0)
+    except torch.OutOfMemoryError:
+        fits = False
+    trainer = None
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # so that the next trial finds it in one piece
+    return fits
+
+
+# ---- how much there is ----
+
+
 def available_memory(device):
-    """Return the bytes that are free on a device, inf where that is not known."""
+    """Return the bytes that are free on a device for this process, inf where that is not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return min([*cgroup_memory(), *system_memory()], default=math.inf)
+    return min([*cgroup_memory(), *system_memory()], default=math.inf) / local_processes()
 
 
 def system_memory(meminfo="/proc/meminfo"):
@@ -191,9 +267,14 @@ def cgroup_memory(own="/proc/self/cgroup", root="/sys/fs/cgroup"):
 
 
 def cache_of(folder):
-    """Return the bytes of a control group that cache files, and are given up on demand."""
+    """Return the bytes of a control group that cache files, and are given up on demand.
+
+    Mapped arrays that were read are among them."""
     sizes = dict(line.split() for line in lines_of(folder / "memory.stat"))
-    return int(sizes.get("total_inactive_file", sizes.get("inactive_file", 0)))
+    cached = 0
+    for name in ("inactive_file", "active_file"):
+        cached += int(sizes.get(f"total_{name}", sizes.get(name, 0)))
+    return cached
 
 
 def lines_of(path):

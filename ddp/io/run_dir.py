@@ -2,15 +2,18 @@
 
 import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 from ddp.config import Config, resume_config
 from ddp.data import DATASETS, resolve_name
+from ddp.distributed import launch_id
 from ddp.io.checkpoint import RESUME_KEYS, parse_config, read_checkpoint, require_keys
 from ddp.io.files import numbered
-from ddp.io.run_lock import count_items, lock_folder, read_record
+from ddp.io.run_lock import RECORD, count_items, lock_folder, read_record
 
+PATHS = ("labels", "cache")  # of Config, that belong to a dataset
 MAX_NAMES = 3  # of changed files, that an error line shows
 
 
@@ -21,10 +24,12 @@ def resolve_run(overrides, resume=None):
     the newest run, see newest_run. Nothing is created. Raises ValueError when something there would
     be overwritten, OSError when the checkpoint cannot be read."""
     overrides = dict(overrides)
+    resume = run_of_launch(overrides.get("out_dir", Config.out_dir)) or resume
     if "dataset" in overrides:
         overrides["dataset"] = resolve_name(overrides["dataset"])
-    if "data_dir" in overrides:
-        overrides["data_dir"] = absolute(overrides["data_dir"])
+    for name in ("data_dir", *PATHS):
+        if overrides.get(name):
+            overrides[name] = absolute(overrides[name])
     config = Config(**overrides)  # of a new run
     path = newest_run(config, overrides) if resume == "auto" else resume and Path(resume)
     if not path:
@@ -46,6 +51,29 @@ def resolve_run(overrides, resume=None):
     return config, next(free_folders(folder)), path, state  # a branch: a new run from there
 
 
+def run_of_launch(out_dir):
+    """Return the newest whole checkpoint of the run that torchrun has started anew, or None.
+
+    That is the run of the same launch (of one rdzv_id) and the same command."""
+    if launch_id() is None:
+        return None
+    for path in Path(out_dir).glob(f"*/{RECORD}"):
+        record = read_record(path.parent, any_host=True)
+        if record.get("launch") == launch_id() and record.get("command", [])[1:] == sys.argv[1:]:
+            saved = sorted(path.parent.glob("step_*.pth"), reverse=True)
+            found = [path.with_name("last.pth"), *saved, path.with_name("best.pth")]
+            return next(filter(is_whole, found), None)
+    return None
+
+
+def is_whole(path):
+    """Return whether a checkpoint is there and can be read."""
+    try:
+        return bool(read_checkpoint(path))
+    except OSError:
+        return False
+
+
 def absolute(path):
     """Return a path as an absolute one, which means the same from another folder; ~ is a home."""
     return os.path.abspath(os.path.expanduser(path))
@@ -55,12 +83,14 @@ def resumed_config(config, overrides, path):
     """Return the Config of a run that goes on from a checkpoint, with its data where they are now.
 
     Raises ValueError when an override would make it another run."""
-    given = {name: overrides.get(name) for name in ("dataset", "data_dir")}
+    config = replace(config, shards=config.shards or 1)  # before version 0.4 a batch was one part
+    given = {name: overrides.get(name) for name in ("dataset", "data_dir", *PATHS)}
     if given["dataset"] not in DATASETS and config.dataset not in DATASETS:
         overrides = {name: value for name, value in overrides.items() if name != "dataset"}
     config = resume_config(config, overrides)  # a path may differ: the data are compared instead
     source = data_source(config, path, **given)
-    return replace(config, dataset=source["name"], data_dir=source["data_dir"])
+    paths = {name: source[name] for name in ("data_dir", *PATHS)}
+    return replace(config, dataset=source["name"], **paths)
 
 
 def newest_run(config, overrides):
@@ -139,16 +169,17 @@ def take_folder(folder, may_number=False):
 
 
 def run_name(dataset):
-    """Return what a run on a dataset is called: a name as it is, of a folder or .zip its own."""
+    """Return what a run on a dataset is called: a name as it is, of a path its own."""
     path = Path(dataset)
-    return (path.stem if path.suffix.lower() == ".zip" else path.name) or "data"
+    is_file = path.suffix.lower() in (".zip", ".npy", ".npz")
+    return (path.stem if is_file else path.name) or "data"
 
 
-def data_source(config, checkpoint_path, dataset=None, data_dir=None):
+def data_source(config, checkpoint_path, dataset=None, data_dir=None, labels=None, cache=None):
     """Return the keyword arguments with which data.load_dataset finds a checkpoint's data.
 
     A path that only the file names is not followed, for it may be a stranger's file. In its place:
-    `dataset` or `data_dir` as the user gave them, else what run.json beside the checkpoint says of
+    `dataset` and the others as the user gave them, else what run.json beside the checkpoint says of
     this run on this machine. Raises ValueError when neither says where the data are."""
     record = read_record(Path(checkpoint_path).parent)
     if run_name(str(record.get("dataset"))) != run_name(config.dataset):
@@ -161,12 +192,15 @@ def data_source(config, checkpoint_path, dataset=None, data_dir=None):
     if dataset is None and is_path and not record:
         raise ValueError(
             f"{checkpoint_path} was trained on {config.dataset}; a path in a file is followed only "
-            "in the folder of a run of this machine: set dataset to where those images are"
+            "in the folder of a run of this machine: set dataset to where those data are"
         )
     options = config.data_options()
     options["name"] = resolve_name(known if dataset is None else dataset)
+    for name, path in (("labels", labels), ("cache", cache)):
+        known = record.get(name)
+        options[name] = path or (known if isinstance(known, str) else None)
     if options["name"] in DATASETS:  # which has a size and splits of its own
-        options |= dict.fromkeys(("image_size", "channels", "test_fraction"))
+        options |= dict.fromkeys(("image_size", "channels", "test_fraction", *PATHS))
     options["data_dir"] = data_dir or str(record.get("data_dir", Config.data_dir))
     return options
 

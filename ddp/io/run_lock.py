@@ -7,12 +7,15 @@ import sys
 import time
 from pathlib import Path
 
+from ddp.distributed import launch_id
+
 try:
     import fcntl
 except ImportError:  # Windows, where two runs at once in one folder are not told apart
     fcntl = None
 
 RECORD = "run.json"
+PATIENCE = 120  # seconds; NFS keeps a lock of a lost machine for 90
 MAX_RECORD_BYTES = 1 << 16  # a sanity limit, the file may be a stranger's
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # a link planted there is not written through
 
@@ -28,7 +31,7 @@ def lock_folder(folder):
     file = open(number, "r+", encoding="utf-8")  # noqa: SIM115
     try:
         if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            flock(file, folder)
     except BlockingIOError:
         file.close()
         other = read_record(folder, any_host=True)
@@ -42,15 +45,37 @@ def lock_folder(folder):
     return file
 
 
+def flock(file, folder):
+    """Lock a file of a folder. Raises BlockingIOError when another process has it.
+
+    One of the same launch of torchrun, which starts all anew, has some time to end."""
+    give_up = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            launch = read_record(folder, any_host=True).get("launch")
+            if launch is None or launch != launch_id() or time.monotonic() > give_up:
+                raise
+        time.sleep(1)
+
+
 def write_record(file, config, dataset):
-    """Write into run.json, open and locked, who trains on what; dataset: a data.Dataset."""
+    """Write into run.json, open and locked, who trains on what; dataset: a data.Dataset.
+
+    file: None on a process that does not write."""
+    if file is None:
+        return
     record = {
+        "launch": launch_id(),  # of torchrun
         "host": platform.node(),
         "pid": os.getpid(),
         "started": time.time(),  # seconds since 1970
         "command": sys.argv,
         "dataset": config.dataset,
         "data_dir": str(Path(config.data_dir).absolute()),
+        "labels": config.labels,
+        "cache": config.cache,
         "items": count_items(dataset),
     }
     file.seek(0)

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from ddp.data import to_pixels
+from ddp.data import to_data
+from ddp.distributed import broadcast, is_main, on_main
 from ddp.io.checkpoint import (
     checkpoint_state,
     read_checkpoint,
@@ -24,8 +25,9 @@ from ddp.io.checkpoint import (
     write_checkpoint,
 )
 from ddp.io.device import sampling_dtype
-from ddp.io.figures import grid_or_scatter, loss_curve, save_png, to_pil
+from ddp.io.figures import loss_curve, save_png, to_pil
 from ddp.io.files import atomic_write, move_to_free
+from ddp.io.item_figures import draw_items, room
 from ddp.io.run_dir import checkpoints, require_newest, take_folder
 from ddp.io.run_lock import lock_folder
 from ddp.options import SamplerOptions
@@ -35,8 +37,7 @@ from ddp.validation import fitting_batch
 CHECK_EVERY = 20  # steps between two looks at the losses on a GPU, where each look waits for it
 FLUSH_SECONDS = 5  # between two writes to log.csv
 COLUMNS = ("step", "epoch", "loss", "grad_norm", "lr", "val_loss")  # of log.csv
-SAMPLE_IMAGES = 64  # that are written as a run goes
-SAMPLE_POINTS = 2000  # the same of points
+SAMPLES = 2000  # that are shown as a run goes, or as many as a figure has room for
 # what a killed process leaves of the files below, see files.atomic_write
 LEFTOVER = re.compile(r"\.(last|best|model|step_\d{8}|log|loss)\..+\.partial\.(pth|csv|png)")
 
@@ -56,6 +57,18 @@ class RunWriter:
         may_number=False,  # whether a new run may be written to folder-2, ...
         warn=lambda line: None,  # a function of one line of text
     ):
+        self.warn = warn
+        self.warned = False  # that log.csv cannot be written
+        self.pending = []  # rows that are not in log.csv yet
+        self.numbered = []  # step_*.pth that this run wrote
+        self.log_begun = False  # whether log.csv is there, to be appended to
+        self.latest_loss = math.nan  # the newest one that was looked at
+        self.flushed = time.monotonic()
+        self.lock = None  # run.json, open, on the main process
+        self.folder = on_main(self.open, folder, resume_path, step, may_number)
+
+    def open(self, folder, resume_path, step, may_number):
+        """Take the folder, and go on with the log that is there -> the folder, resolved."""
         old = read_log(resume_path.parent) if resume_path else []
         rows = [row for row in old if int(row["step"]) <= step]  # later ones are done again
         goes_on = resume_path is not None and resume_path.parent.resolve() == folder.resolve()
@@ -65,23 +78,21 @@ class RunWriter:
         else:
             folder, self.lock = take_folder(folder, may_number)
         self.folder = folder.resolve()
-        self.warn = warn
-        self.warned = False  # that log.csv cannot be written
-        self.pending = [list(row.values()) for row in rows]  # rows that are not in log.csv yet
-        self.log_begun = False  # whether log.csv is there, to be appended to
-        self.latest_loss = math.nan  # the newest one that was looked at
+        self.pending = [list(row.values()) for row in rows]
         self.tidy(goes_on)
         self.flush_log()
         self.warned = False  # `warn` may be set only now; the next try tells
-        # of step_*.pth those that this run wrote: a file that a user put there stays
+        # a file that a user put there stays
         saved = {f"step_{int(row['step']):08d}.pth" for row in rows if row["val_loss"]}
         self.numbered = [path for path in checkpoints(self.folder) if path.name in saved]
+        return self.folder
 
     def __enter__(self):
         return self
 
     def __exit__(self, *error):
-        self.lock.close()  # and with it ends the lock
+        if self.lock:
+            self.lock.close()  # and with it ends the lock
 
     def tidy(self, goes_on):
         """Remove what a killed process left half written, and set aside the log of a dead run."""
@@ -148,6 +159,8 @@ class RunWriter:
 
     def append_log(self, text):
         """Append rows to log.csv, which is begun anew at first, and when it was removed."""
+        if not is_main():
+            return
         path = self.folder / "log.csv"
         if not (self.log_begun and path.exists()):
             text = ",".join(COLUMNS) + "\r\n" + text
@@ -176,11 +189,13 @@ class RunWriter:
             self.pending[-1][-1] = val_loss
         self.flush_log()
         try:
-            paths = self.write_checkpoints(trainer, val_loss, keep)
+            paths = on_main(self.write_checkpoints, trainer, val_loss, keep)
         except OSError as error:
             if final:
                 raise
             return f"warning: {error}; the run goes on, and is saved later"
+        finally:
+            trainer.best = broadcast(trainer.best)
         names = ", ".join(str(path) for path in paths)
         return f"step {trainer.step:,}: val loss {val_loss:.5f}, wrote {names}"
 
@@ -217,7 +232,7 @@ class RunWriter:
         before, when the run has diverged."""
         self.measure(trainer)
         self.flush_log()
-        path = write_checkpoint(self.folder / "last.pth", checkpoint_state(trainer))
+        path = on_main(self.write, "last.pth", trainer)
         text = f"stopped at step {trainer.step:,}, wrote {path}"
         exported = self.exported_step()
         if exported is not None:
@@ -227,15 +242,18 @@ class RunWriter:
     def exported_step(self):
         """Return the step of model.pth, or None where there is none that can be read."""
         try:
-            return read_checkpoint(self.folder / "model.pth")["step"]
+            return on_main(read_checkpoint, self.folder / "model.pth")["step"]
         except OSError:
             return None
+
+    def write(self, name, trainer, change=lambda state: state):
+        """Write a checkpoint of what `change` makes of the trainer's state -> path."""
+        return write_checkpoint(self.folder / name, change(checkpoint_state(trainer)))
 
     def export(self, trainer):
         """Write model.pth: all that sampling needs, no more. Returns what was done, a line."""
         self.flush_log()
-        state = strip_training_state(checkpoint_state(trainer))
-        path = write_checkpoint(self.folder / "model.pth", state)
+        path = on_main(self.write, "model.pth", trainer, strip_training_state)
         return f"step {trainer.step:,}: done, wrote {path} ({path.stat().st_size / 1e6:.1f} MB)"
 
     # ---- pictures ----
@@ -245,6 +263,11 @@ class RunWriter:
 
         Returns a line: what was done or, for a run is worth more than its pictures, what failed."""
         self.flush_log()
+        trainer.recalibrated_ema()  # together
+        return on_main(self.write_pictures, trainer)
+
+    def write_pictures(self, trainer):
+        """Write what `write_samples` says, on one process."""
         paths = [self.folder / "samples" / f"step_{trainer.step:08d}.png", self.folder / "loss.png"]
         try:
             rows = read_log(self.folder)  # another program may hold it
@@ -273,16 +296,17 @@ def draw_samples(trainer):
     Raises FloatingPointError when they are not finite."""
     dtype = sampling_dtype(None, trainer.precision, trainer.device)
     model = trainer.recalibrated_ema().for_inference(dtype)
-    indices = torch.arange(SAMPLE_IMAGES if model.is_image else SAMPLE_POINTS)
+    indices = torch.arange(min(SAMPLES, room(model.event)))
     label = cycle_labels(model, indices)  # (N,) or None
     options = SamplerOptions().resolve(model)
     parts = []
     for part in indices.split(fitting_batch(model.event, len(indices))):  # large images: fewer
         labels = None if label is None else label[part]
         x0 = sample(model, part, trainer.config.seed, labels, **options)  # (B, *event)
-        parts.append(to_pixels(x0).cpu())
-    reference = None if model.is_image else trainer.dataset.test  # points say little alone
-    return grid_or_scatter(torch.cat(parts), reference)
+        parts.append(to_data(x0, model.units).cpu())
+    # what are no pixels says little alone
+    reference = None if model.is_pixels else trainer.dataset.shown(len(indices))
+    return draw_items(torch.cat(parts), reference)
 
 
 def read_log(folder):

@@ -8,6 +8,8 @@ import signal
 import sys
 import threading
 
+from ddp.distributed import maximum, world_size
+
 MAX_LINE = 4000  # characters of a line that are printed
 # escape sequences and the like, Unicode's ends of a line and its changes of direction
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
@@ -134,9 +136,14 @@ class GracefulStop:
     def __exit__(self, *error):
         restore_signals(self.before)
 
+    def came(self):
+        """Return whether the signal came to any process, so that all stop after the same step."""
+        self.signal = maximum(self.signal or 0) or None
+        return self.signal is not None
+
     def __call__(self, number, frame):
         if self.signal is None:
             self.signal = number
             self.tell("stopping after this step; again to stop at once")
-        elif number != getattr(signal, "SIGHUP", None):
-            raise Stopped(number)
+        elif number != getattr(signal, "SIGHUP", None) and world_size() == 1:
+            raise Stopped(number)  # torchrun hands on what the terminal has sent to all

@@ -11,13 +11,14 @@ from tiny import TINY, random_points, tiny_trainer
 from torch import nn
 
 import ddp
-from ddp.config import PRESETS, Config
+from ddp.config import Config
 from ddp.data import Dataset
 from ddp.editing import mc_dropout
 from ddp.loss import LOSSES, WEIGHTINGS
 from ddp.model import PREDICTIONS, DiffusionModel
 from ddp.noise_dist import NOISE_DISTS, NoiseDist
 from ddp.options import SamplerOptions
+from ddp.presets import PRESETS
 from ddp.reverse import NETWORKS
 from ddp.sampling import SAMPLERS, THRESHOLDS, Sampler, ddim, sample
 from ddp.schedule import SCHEDULES, SPACINGS, Schedule, ScheduleEntry, cosine
@@ -114,7 +115,7 @@ def test_foreign_network_trains(foreign):
 
 def test_foreign_network_is_recalibrated(foreign):
     norm = foreign.recalibrated_ema().network.layers[1]
-    assert norm.num_batches_tracked == ddp.training.BN_BATCHES
+    assert norm.num_batches_tracked == ddp.validation.BN_BATCHES
     assert not torch.equal(norm.running_mean, foreign.model.network.layers[1].running_mean)
     assert foreign.val_loss() > 0
 

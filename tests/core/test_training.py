@@ -115,11 +115,13 @@ HELD = {
     "weight_decay": (0.5, lambda t: t.optimizers[0].param_groups[0]["weight_decay"]),
     "grad_clip": (1e-3, lambda t: clipped_norm(t)),
     "ema_decay": (0.0, lambda t: 0.0 if ema_is_the_model(t) else 0.999),
+    "reduce": ("fast", lambda t: t.sums.reduce),
+    "checkpoint_activations": (True, lambda t: t.model.network.checkpoint_activations),
     "precision": ("fp16", lambda t: "fp16" if t.scaler.is_enabled() else "fp32"),
 }
 # fields that are no matter of the trainer, but of who builds it or writes its files
 ELSEWHERE = {"planned_steps", "device", "compile", "name", "data_dir", "out_dir"}
-ELSEWHERE |= {"save_every", "keep_checkpoints", "sample_every"}
+ELSEWHERE |= {"threads", "cache", "save_every", "keep_checkpoints", "sample_every"}
 
 
 def ema_is_the_model(trainer):

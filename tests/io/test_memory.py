@@ -15,10 +15,12 @@ from ddp.io.memory import (
     LiveBytes,
     available_memory,
     cgroup_memory,
+    fit_shards,
     require_memory,
     system_memory,
     training_memory,
 )
+from ddp.model import DiffusionModel
 from ddp.reverse import NETWORKS
 from ddp.training import Trainer
 
@@ -57,6 +59,7 @@ def saved_bytes(trainer):
         ("digits", {"norm": "group", "dropout": 0.1, "class_cond": True}, "fp32"),
         ("digits", {"norm": "none", "optimizer": "adamw", "patch_size": 2}, "fp32"),
         ("digits", {"schedule": "learned", "channels_base": 32}, "fp32"),
+        ("sequences", {"channels_base": 16}, "fp32"),
         ("moons", {"channels_base": 64}, "fp32"),
         ("checkerboard", {"channels_base": 64, "dropout": 0.1}, "bf16"),
     ],
@@ -65,11 +68,14 @@ def test_estimate_is_what_a_step_takes(dataset, fields, precision, monkeypatch):
     monkeypatch.setattr(memory, "BN_BATCH_IMAGES", 2)
     monkeypatch.setattr(memory, "BN_BATCH_POINTS", 2)
     config = Config(dataset=dataset, **{**SMALL, **fields})
-    trainer = Trainer(config, load_dataset(dataset), precision=precision)
+    is_mine = dataset == "sequences"  # (C, L)
+    items = Dataset("mine", *[torch.randn(64, 3, 64)] * 2) if is_mine else load_dataset(dataset)
+    trainer = Trainer(config, items, precision=precision)
     model = trainer.model
     report = training_memory(trainer.config, model.event, model.num_classes, precision)
     kept = saved_bytes(trainer)
     assert 0.9 * kept < report["activations"] < 1.5 * kept  # and what the backward pass adds
+    assert report["sums"] == 0
     weights = sum(weight.nbytes for weight in model.parameters())
     assert report["weights"] == report["EMA"] == report["gradients"] == weights
     moments = 0
@@ -112,26 +118,27 @@ def test_estimate_counts_the_batches_that_recalibrate_batchnorm():
 
 
 def test_images_that_do_not_fit_are_refused_with_what_would(monkeypatch):
-    """Before anything is allocated. What is named does fit, and little more would."""
+    """Before anything is allocated. What is named does fit, and half of it does not."""
     monkeypatch.setattr(memory, "available_memory", lambda device: 16e9)
     dataset = images(512)
     config = Config(dataset="mine", blocks_per_level=1).resolve(dataset)
     with pytest.raises(
-        ValueError, match=r"^batch_size=128 of 3x512x512 takes .* 16.0 GB"
+        ValueError, match=r"^batch_size=128, 128 at a time of 3x512x512, takes .* 16.0 GB"
     ) as caught:
         require_memory(config, dataset, CPU)
-    fits = int(str(caught.value).split("batch_size=")[2].split()[0])
-    assert 2 <= fits < 128
-    require_memory(replace(config, batch_size=fits), dataset, CPU)
-    larger = replace(config, batch_size=2 * fits)
+    fits = int(str(caught.value).split("shards=")[1].split()[0])
+    assert 2 <= fits <= 64
+    require_memory(replace(config, shards=fits), dataset, CPU)
     with pytest.raises(ValueError, match="fits"):
-        require_memory(larger, dataset, CPU)
+        require_memory(replace(config, shards=fits // 2), dataset, CPU)
 
 
 def test_network_that_fits_with_no_batch_is_refused(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: 1e9)
     config = Config(channels_base=4096).resolve(images(32))
-    with pytest.raises(ValueError, match=r"and 2 takes .* smaller channels_base"):
+    with pytest.raises(
+        ValueError, match=r"parts of 2 still take .* a smaller batch_size, channels"
+    ):
         require_memory(config, images(32), CPU)
 
 
@@ -143,6 +150,108 @@ def test_what_fits_is_reported(monkeypatch):
     monkeypatch.setattr(memory, "available_memory", lambda device: sum(report.values()) - 1)
     with pytest.raises(ValueError, match="batch_size=64"):
         require_memory(config, dataset, CPU)
+
+
+# ---- shards, and blocks that are recomputed ----
+
+
+@pytest.mark.parametrize("fields", [{"shards": 4}, {"checkpoint_activations": True}])
+def test_estimate_follows_what_is_alive_in_a_step(fields, monkeypatch):
+    """Both take less: of a part, or of the inputs of blocks."""
+    monkeypatch.setattr(memory, "BN_BATCH_IMAGES", 2)
+    dataset = load_dataset("digits")
+    peaks = []
+    estimates = []
+    for more in ({}, fields):
+        config = Config(**{**SMALL, "blocks_per_level": 3, **more})
+        trainer = Trainer(config, dataset)
+        with LiveBytes() as live:
+            trainer.train_step(0.0)
+        report = training_memory(trainer.config, dataset.event)
+        kept = report["weights"] + report["EMA"]  # they are there before the step
+        peaks.append(live.peak)
+        estimates.append(sum(report.values()) - kept)
+    assert estimates[1] < 0.6 * estimates[0]
+    assert estimates == pytest.approx(peaks, rel=0.25)
+
+
+def test_sums_over_parts_are_counted():
+    """Of as many parts as there are levels in their tree, and one more."""
+    reports = []
+    for shards in (1, 2, 8):
+        config = Config(**SMALL, shards=shards).resolve(images(8))
+        reports.append(training_memory(config, (3, 8, 8)))
+    weights = reports[0]["weights"]
+    assert [report["sums"] / weights for report in reports] == [0, 2, 4]
+
+
+def test_shards_that_were_given_stay():
+    config = Config(**SMALL, shards=2).resolve(images(8))
+    assert fit_shards(config, images(8), CPU, told := []) is config
+    assert not told
+
+
+def test_auto_takes_the_fewest_shards_that_the_estimate_fits(monkeypatch):
+    monkeypatch.setattr(memory, "BN_BATCH_IMAGES", 2)
+    dataset = images(32)
+    config = Config(**SMALL, shards=0).resolve(dataset)
+    told = []
+    assert fit_shards(config, dataset, CPU, told.append).shards == 1
+    assert told == []
+    enough = sum(training_memory(replace(config, shards=4), dataset.event).values())
+    monkeypatch.setattr(memory, "available_memory", lambda device: enough)
+    assert fit_shards(config, dataset, CPU, told.append).shards == 4
+    assert told == ["shards: 4; parts of 32 items do not fit in memory"]
+    monkeypatch.setattr(memory, "available_memory", lambda device: 1e6)
+    with pytest.raises(ValueError, match="parts of 2 of batch_size=64 take more memory"):
+        fit_shards(config, dataset, CPU, told.append)
+
+
+def gpu_of(items, monkeypatch):
+    """Pretend that the CPU is a GPU whose memory is enough for so many items at once."""
+
+    def denoise(model, x_t, *rest):
+        if len(x_t) > items:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(model, x_t, *rest)
+
+    whole = DiffusionModel.denoise
+    monkeypatch.setattr(DiffusionModel, "denoise", denoise)
+    monkeypatch.setattr(memory, "fits_by_estimate", memory.fits_by_trial)
+
+
+@pytest.mark.parametrize(("items", "shards"), [(64, 1), (63, 2), (17, 4), (4, 16)])
+def test_auto_tries_steps_until_a_part_fits(items, shards, monkeypatch):
+    """And the run that follows is the one with so many shards from the start."""
+    gpu_of(items, monkeypatch)
+    dataset = load_dataset("digits")
+    config = Config(**SMALL, dropout=0.1, noise_copies=1, precision="fp32", shards=0)
+    told = []
+    fitted = fit_shards(config.resolve(dataset), dataset, CPU, told.append)
+    assert fitted.shards == shards
+    assert len(told) == (shards > 1)
+    trainer = Trainer(fitted, dataset)
+    trainer.train_step(0.0)
+    same = Trainer(replace(config, shards=shards), dataset)
+    same.train_step(0.0)
+    for weight, other in zip(trainer.model.parameters(), same.model.parameters(), strict=True):
+        assert torch.equal(weight, other)
+
+
+def test_trainer_takes_auto_as_one_part():
+    """Without fit_shards nobody has looked at the memory."""
+    trainer = Trainer(Config(**SMALL, shards=0), load_dataset("digits"))
+    assert trainer.config.shards == 1
+    trainer.train_step(0.0)
+
+
+@pytest.mark.parametrize(("norm", "least"), [("batch", 2), ("group", 1)])
+def test_auto_stops_where_the_least_part_does_not_fit(norm, least, monkeypatch):
+    gpu_of(0, monkeypatch)
+    dataset = load_dataset("digits")
+    config = Config(**SMALL, norm=norm, shards=0).resolve(dataset)
+    with pytest.raises(ValueError, match=f"parts of {least} of batch_size=64"):
+        fit_shards(config, dataset, CPU, print)
 
 
 def test_network_that_asks_for_numbers_is_not_refused(monkeypatch):

@@ -312,6 +312,8 @@ def test_a_runs_own_folder_says_where_its_data_are(tmp_path, stripped):
         "image_size": [8, 8],
         "channels": 1,
         "test_fraction": None,
+        "labels": None,
+        "cache": None,
     }
 
 

@@ -5,6 +5,9 @@ import csv
 import importlib
 import io
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 from conftest import ROOT
@@ -47,6 +50,29 @@ def execute(script, *flags, cwd):
         finally:
             os.chdir(here)
     return Result(code, out.getvalue(), err.getvalue())
+
+
+def torchrun(world_size, script, *flags, cwd, launch=(), timeout=120):
+    """Run a script under torchrun on processes of one thread, in the folder `cwd`; its Result.
+
+    launch: flags of torchrun itself. After `timeout` seconds all processes are killed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", world_size, *launch, ROOT / script, *flags]
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a process group of its own
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return Result(process.returncode, out, err)
 
 
 def run(script, *flags, cwd):
