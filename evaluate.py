@@ -8,16 +8,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ddp.distributed import is_main
 from ddp.io import cli
 from ddp.io.cli import add_flag, reject_if
 from ddp.io.device import select_device, set_tf32
 from ddp.io.files import atomic_dir, require_absent
 from ddp.io.run_dir import data_source
 from ddp.metrics.candidate import OLD_OPTIONS, EvaluateOptions, Reference
-from ddp.metrics.evaluate import known_metrics, metric_names, parse_metrics
+from ddp.metrics.evaluate import evaluate, known_metrics, metric_names, parse_metrics
+from ddp.metrics.features import kinds_of
 from ddp.metrics.report import measure_and_report
 from ddp.metrics.subjects import find_subjects, free_place, load_candidates
 from ddp.options import SamplerOptions, image_size
+from ddp.threads import choose_sampling_threads
 
 
 def parse(arguments=None):
@@ -38,9 +41,8 @@ def parse(arguments=None):
     group = parser.add_argument_group("how to measure")
     for field in fields(EvaluateOptions):
         add_flag(group, field.name, OLD_OPTIONS.get(field.name), **cli.argparse_options(field))
-    out = "a new folder for the results (default: beside what is measured)"
-    add_flag(group, "out", help=out, **a_path)
-    add_flag(group, "device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    add_flag(group, "out", help="a new folder (default: beside what is measured)", **a_path)
+    cli.add_machine_flags(group)
     cli.add_config_flags(parser, SamplerOptions, "how to sample from a checkpoint")
     cli.add_plugin_flag(parser)
     return parser.parse_args(arguments)
@@ -93,16 +95,20 @@ def main(args):
     candidates, dataset, source = load_candidates(subjects, *how)
     out = free_place(subjects, source["name"], args.out)
     lines = [line for candidate in candidates for line in candidate.about.get("summary", [])]
+    models = [candidate.model for candidate in candidates if candidate.model]
+    lines += choose_sampling_threads(next(iter(models), None), options.batch_size, args.threads)
     tell("\n".join(dataset.describe() + lines))
-    has_model = any(candidate.model for candidate in candidates)
-    metrics = parse_metrics(args.metrics, dataset.is_image, has_model)
+    metrics = parse_metrics(args.metrics, kinds_of(dataset), bool(models))
     options = options.resolve(dataset, candidates)
     progress = partial(tqdm, leave=False, mininterval=0.1 if sys.stderr.isatty() else 10)
     reference = Reference(dataset, options, device, progress)
-    command = shlex.join(["python", *sys.argv])
+    what = (candidates, reference, metrics, options)
+    if not is_main():
+        evaluate(*what, by_default=args.metrics is None)
+        return 0
+    how = (shlex.join(["python", *sys.argv]), args.metrics is None, tell)
     with atomic_dir(out) as written:
-        what = (candidates, reference, metrics, options, written.folder)
-        evaluation, stopped = measure_and_report(*what, command, args.metrics is None, tell)
+        evaluation, stopped = measure_and_report(*what, written.folder, *how)
     files = sorted(map(str, written.path.iterdir()))
     tell("\n  ".join([f"\n{evaluation['seconds']:.0f} s, wrote", *files]))
     if stopped:

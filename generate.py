@@ -1,24 +1,28 @@
 """Draw samples, or edit images: python generate.py --checkpoint checkpoints/digits.pth"""
 
+import contextlib
 import sys
 import time
+from functools import partial
 
 import torch
 from tqdm import tqdm
 
-from ddp.data import load_dataset, to_pixels
+from ddp.data import to_data
 from ddp.data.files import counted
-from ddp.editing import EditInputs, changes, dropout_layers, edited_samples, sample_mc_dropout
+from ddp.distributed import in_order, is_main, world_size
+from ddp.editing import EditInputs, changes, dropout_layers
 from ddp.io import cli
 from ddp.io.checkpoint import load_guide, load_model
 from ddp.io.cli import add_flag
 from ddp.io.device import sampling_dtype, select_device, set_tf32
 from ddp.io.edit_inputs import DEFAULT_COUNT, check_edit, grid_options, read_edit_inputs
 from ddp.io.files import find_checkpoint
-from ddp.io.run_dir import data_source
+from ddp.io.sample_batches import data_to_compare, draw
 from ddp.io.writer import FORMATS, SampleWriter, parse_output
 from ddp.options import SamplerOptions
 from ddp.sampling import sample_trajectory
+from ddp.threads import choose_sampling_threads
 
 
 def parse(arguments=None):
@@ -30,7 +34,7 @@ def parse(arguments=None):
     add_flag(parser, "label", help="classes by name or number, such as 3,5 (default: all in turn)")
     add_flag(parser, "seed", type=int, default=0, help="sample i is a function of seed and i")
     add_flag(parser, "batch_size", type=int, default=256, help="samples at a time; for speed only")
-    add_flag(parser, "device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    cli.add_machine_flags(parser)
     add_flag(parser, "weights", choices=("ema", "raw"), default="ema", help="EMA weights, or raw")
     cli.add_config_flags(parser, SamplerOptions, "sampling")
     cli.add_edit_flags(parser)
@@ -59,55 +63,47 @@ def main(args):
         inputs, total, lines = read_edit_inputs(model, options, sampler.steps, args.seed, **edit)
     if args.mc_dropout:
         dropout_layers(model)  # raises when there are none
-    alone = model.is_image or edit["path"] or args.mc_dropout  # points are shown beside the data
-    reference, lines = (None, lines) if alone else points_to_compare(config, path)
-    shown = grid_options(edit["name"], args.mc_dropout)
+    named = edit["path"] or (edit["name"] and len(model.event) > 1)
+    alone = model.is_pixels or named or args.mc_dropout  # others are shown beside the data
+    alone = alone or formats == ["npz"] or not is_main()
+    reference, lines = (None, lines) if alone else data_to_compare(config, path, model.event)
+    lines += choose_sampling_threads(model, args.batch_size, args.threads)
+    shown = grid_options(edit["name"], args.mc_dropout, model.is_pixels)
     total = args.num_samples or total
-    with SampleWriter(out, formats, model.event, total, reference, **shown) as writer:
+    if total <= args.batch_size * (world_size() - 1):
+        line = f"batch_size={args.batch_size} leaves some of {world_size()} processes idle"
+        lines = [*lines, f"{line}; a smaller one does not"]
+    writer = SampleWriter(out, formats, model.event, total, reference, **shown)
+    with writer if is_main() else contextlib.nullcontext():
         for line in lines + writer.bounds:
             print(line)
         lines = write(inputs, labels, args.batch_size, args.mc_dropout, writer)
-    print(*lines, *writer.summary, sep="\n")
+    if is_main():
+        print(*lines, *writer.summary, sep="\n")
     return 0
-
-
-def points_to_compare(config, path):
-    """Return the test points of a model's data and [], or None and a line that says why not."""
-    try:
-        return load_dataset(**data_source(config, path)).test, []
-    except (OSError, ValueError) as error:
-        return None, [f"samples alone, without the data ({error})"]
 
 
 def write(inputs, labels, batch_size, passes, writer):
     """Draw samples, batch by batch, for the writer, and return lines to print."""
-    model, seed, options = inputs.model, inputs.seed, inputs.options
+    total, seed, options = writer.total, inputs.seed, inputs.options
     started = time.monotonic()
+    starts = range(0, total, batch_size)
+    batches = (torch.arange(start, min(start + batch_size, total)) for start in starts)
     squared_errors = []
-    with tqdm(total=writer.total, unit="sample", disable=None) as bar:
-        for start in range(0, writer.total, batch_size):
-            indices = torch.arange(start, min(start + batch_size, writer.total))
-            label = inputs.labels(indices, labels)  # (B,) or None
-            std = latents = None
-            if passes:
-                std, x0 = sample_mc_dropout(model, indices, seed, label, passes, **options)
-                given = 4 * std - 1 if model.is_image else None
-            else:
-                x0, given, latents = edited_samples(inputs, indices, label)  # (B, *event) each
-            if latents is not None:
-                squared_errors.append(((x0 - given) ** 2).flatten(1).mean(dim=1).cpu())
-            reference = None if given is None else to_pixels(given).cpu()
-            writer.add(to_pixels(x0).cpu(), reference, labels=label, std=std, latents=latents)
-            bar.update(len(indices))
+    with tqdm(total=total, unit="sample", disable=None) as bar:
+        for batch, errors in in_order(partial(draw, inputs, labels, passes), batches, False):
+            writer.add(**batch)
+            squared_errors += [] if errors is None else [errors]
+            bar.update(len(batch["items"]))
     seconds = time.monotonic() - started
-    if writer.needs_states:
+    if writer.needs_states and is_main():
         indices = torch.arange(writer.num_animated)
         label = inputs.labels(indices, labels)
         changed = options | changes(inputs, indices, label)
-        states = sample_trajectory(model, indices, seed, label, **changed)
-        writer.animate(to_pixels(x_t).cpu() for _, x_t, _ in states)
-    what = f"{counted(writer.total, 'sample')} by {options['sampler']}"
-    speed = f"{seconds:.1f} s, {writer.total / seconds:.1f} a second"
+        states = sample_trajectory(inputs.model, indices, seed, label, **changed)
+        writer.animate(to_data(x_t, inputs.model.units).cpu() for _, x_t, _ in states)
+    what = f"{counted(total, 'sample')} by {options['sampler']}"
+    speed = f"{seconds:.1f} s, {total / seconds:.1f} a second"
     lines = [f"{what} in {counted(options['steps'], 'step')}: {speed}"]
     if squared_errors:
         rmse = torch.cat(squared_errors).sqrt()

@@ -283,7 +283,7 @@ def sample_trajectory(
     sampler=DEFAULT_SAMPLER,  # a key of SAMPLERS
     steps=None,  # default: the sampler's
     spacing=None,  # a key of SPACINGS; default: the sampler's
-    threshold=None,  # a key of THRESHOLDS; default: static for images, none for points
+    threshold=None,  # a key of THRESHOLDS; default: static for pixels, else none
     eta=0.0,  # of ddim
     s_churn=0.0,  # of euler and heun
     x_t=None,  # (B, *event); default: pure noise
@@ -295,7 +295,7 @@ def sample_trajectory(
 
     In another batch a sample differs by rounding (1e-5 in float32): kernels go by the batch size.
     Raises ValueError for options that do not fit, or a model in training mode."""
-    threshold = threshold or ("static" if model.is_image else "none")
+    threshold = threshold or ("static" if model.is_pixels else "none")
     check_options(model, sampler, eta, s_churn, threshold, **guidance)
     if model.training:  # BatchNorm would mix the samples of a batch
         raise ValueError("model.training is True; sample from model.eval() or for_inference()")

@@ -167,10 +167,15 @@ class OracleModel:
         self.event = data.event
         self.num_classes = num_classes
         self.has_null_label = has_null_label
+        self.units = None
 
     @property
     def is_image(self):
         return len(self.event) == 3
+
+    @property
+    def is_pixels(self):
+        return self.is_image and self.units is None
 
     @property
     def device(self):

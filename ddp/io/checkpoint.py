@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import ddp
-from ddp.config import OLD_NAMES, OLD_VALUES, Config
+from ddp.config import Config
 from ddp.data.files import printable
 from ddp.io.archive import content_digest, read_archive
 from ddp.io.files import atomic_write
@@ -29,6 +29,8 @@ from ddp.io.schema import (
 )
 from ddp.model import build_model
 from ddp.optim import Muon, as_matrix
+from ddp.presets import OLD_NAMES, OLD_VALUES
+from ddp.units import Units
 
 RENAMED_WEIGHTS = {  # part of a name in format 1, before ddp 0.2 -> now; {} is conv or proj
     "network.door.": "network.{}_in.",
@@ -76,6 +78,7 @@ def checkpoint_state(trainer):
         "format": FORMAT,
         "config": {name: as_text(value) for name, value in config.items()},
         "event": list(trainer.model.event),
+        "units": trainer.model.units and trainer.model.units.state_dict(),
         "classes": [as_text(name) for name in trainer.dataset.classes],  # of all models
         "provenance": {name: as_text(value) for name, value in origin.items()},
         **trainer.state_dict(),
@@ -93,7 +96,7 @@ def strip_training_state(state):
     Nor does it have a path of this machine: a dataset from a folder keeps its name alone."""
     places = {"dataset": PurePath(state["config"]["dataset"]).name or "data"}
     places |= {"data_dir": Config.data_dir, "out_dir": Config.out_dir}
-    return {key: state[key] for key in INFERENCE_KEYS} | {"config": state["config"] | places}
+    return {key: state.get(key) for key in INFERENCE_KEYS} | {"config": state["config"] | places}
 
 
 def write_checkpoint(path, state):
@@ -135,6 +138,7 @@ def read_checkpoint(path):
     if is_whole(state.get("format"), FORMAT + 1):
         raise OSError(f"{path} has format {state['format']}; this version reads up to {FORMAT}")
     require_sound(path, state)
+    state.setdefault("units", None)  # before version 0.4
     if state["format"] == 1:
         state = upgrade(state)
         require_sound(path, state)
@@ -223,7 +227,13 @@ def parse_config(state, path):
 def model_of(config, state):
     """Return a new model of a checkpoint's dict."""
     num_classes = len(state["classes"]) if config.class_cond else 0
-    return build_model(config, state["event"], num_classes)
+    return build_model(config, state["event"], num_classes, units_of(state))
+
+
+def units_of(state):
+    """Return the Units that a checkpoint's dict has, or None: of pixels, and of None for it."""
+    units = state and state["units"]
+    return units and Units(**units)
 
 
 def require_same(what, tensors, expected):

@@ -62,7 +62,7 @@ def read_edit_inputs(model, options, steps, seed, name, path, mask=None, **given
     if edit.reads == "latents":
         inputs.latents, summary = read_latents(path, model.event)
         return inputs, len(inputs.latents), summary
-    inputs.items, summary = read_items(path, model.event)
+    inputs.items, summary = read_items(path, model.event, model.units)
     count = len(inputs.items)
     if mask:
         inputs.mask = load_mask(mask, model.event)
@@ -74,10 +74,11 @@ def read_edit_inputs(model, options, steps, seed, name, path, mask=None, **given
     return inputs, FRAMES * (count - 1) if name == "interpolate" else count, summary
 
 
-def grid_options(name, mc_dropout=None):
+def grid_options(name, mc_dropout=None, is_pixels=True):
     """Return how SampleWriter shows the samples of an edit: titles, or the number of columns."""
     if mc_dropout:
-        return {"titles": (f"mean of {mc_dropout}", "std (white: 0.5)")}
+        titles = (f"mean of {mc_dropout}", "std (white: 0.5)" if is_pixels else "std")
+        return {"titles": titles, "own_scale": True}
     if name == "interpolate":
         return {"columns": FRAMES}
     return {"titles": (EDITS[name].title, "given")} if name and EDITS[name].title else {}

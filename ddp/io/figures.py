@@ -83,39 +83,40 @@ def side_by_side(images, titles):
     return canvas
 
 
-def scatter(points, reference=None, titles=("samples", "data")):
-    """Return a Figure of points (N, 2) and, right of them on the same axes, of a reference."""
+def scatter(
+    points,  # (N, 2)
+    reference=None,  # (M, 2), shown right of them on the same axes
+    titles=("samples", "data"),
+    like=None,  # (K, 2), the points that fix the axes; default: the reference, or the points
+    labels=("", ""),  # of the axes
+    spare=0,  # panels for others to fill, on the right
+):
+    """Return a Figure of points and of a reference."""
     clouds = [points] if reference is None else [points, reference]
-    figure = Figure(figsize=(5 * len(clouds), 5), layout="compressed")  # for a fixed aspect
-    panels = figure.subplots(1, len(clouds), squeeze=False)[0]
-    limit = np.abs(np.asarray(clouds[-1])).max() * 1.15 or 1.0  # strays of a model lie beyond
-    ends = (-limit, limit)
+    count = len(clouds) + spare
+    figure = Figure(figsize=(5 * count, 5), layout="compressed")  # for a fixed aspect
+    panels = figure.subplots(1, count, squeeze=False)[0]
+    settings = plane_axes(np.asarray(clouds[-1] if like is None else like))
+    settings |= {"xlabel": labels[0], "ylabel": labels[1]}
     for axes, title, cloud in zip(panels, titles, clouds, strict=False):  # the title may be spare
         size = min(8.0, 4000 / max(1, len(cloud)) + 0.8)  # smaller where there are many
         axes.scatter(*np.asarray(cloud).T, s=size, linewidths=0, alpha=0.6)
-        axes.set(xlim=ends, ylim=ends, aspect="equal", title=f"{plain(title)} ({len(cloud):,})")
+        axes.set(**settings, title=f"{plain(title)} ({len(cloud):,})")
     return figure
 
 
-def grid_or_scatter(items, reference=None, titles=("samples", "data"), columns=None):
-    """Return a PIL image of images (N, C, H, W) or points (N, 2), left of a reference if any."""
-    if items.ndim == 2:
-        return to_pil(scatter(items, reference, titles))
-    if reference is None:
-        return grid(items, columns)
-    return side_by_side([grid(items, columns), grid(reference, columns)], titles)
+def plane_axes(points):
+    """Return the limits and the aspect of axes for points (N, 2): strays of a model lie beyond.
 
-
-def neighbors(items, nearest):
-    """Return a PIL image of items, each with its nearest other: pairs, or points with a line."""
-    pairs = np.stack([np.asarray(items), np.asarray(nearest)], axis=1)  # (N, 2, *event)
-    if items.ndim == 4:
-        return grid(pairs.reshape(-1, *items.shape[1:]), columns=8)
-    figure = Figure(figsize=(5, 5), layout="compressed")
-    axes = figure.subplots()
-    axes.plot(*pairs.T, "o-", markersize=3)  # x and y, (2, N) each: N lines
-    axes.set(aspect="equal")
-    return to_pil(figure)
+    A square about 0 or, of points that would fill little of that, a box around them."""
+    low, high = points.min(axis=0), points.max(axis=0)  # (2,) each
+    limit = np.abs(points).max() * 1.15 or 1.0
+    if 2 * (high - low).min() > limit or limit == 1.0:
+        return {"xlim": (-limit, limit), "ylim": (-limit, limit), "aspect": "equal"}
+    margin = 0.15 * (high - low)
+    margin = np.where(margin > 0, margin, 1.0)
+    (left, bottom), (right, top) = low - margin, high + margin
+    return {"xlim": (left, right), "ylim": (bottom, top), "box_aspect": 1}
 
 
 def to_pil(figure):

@@ -11,7 +11,7 @@ import torch
 
 FORMAT = 2  # of what is written; 1 is that of before version 0.2
 MAX_EVENT_SIZE = 3 * 2048**2  # numbers in one item
-MAX_SIDE = 4096  # of an item
+MAX_SIDE = 4096  # of an image
 MAX_CLASSES = 1 << 15
 MAX_TEXT = 4096  # characters, as of a path
 MAX_ITEMS = 256  # of a list or dict
@@ -54,12 +54,24 @@ def is_dict(value, is_item, is_key=is_text, most=math.inf):
 
 
 def is_event(value):
-    is_shape = is_list(value, lambda n: is_whole(n, 1, MAX_SIDE)) and len(value) in (1, 3)
-    return is_shape and math.prod(value) <= MAX_EVENT_SIZE
+    if not is_list(value, lambda n: is_whole(n, 1, MAX_EVENT_SIZE)) or len(value) not in (1, 2, 3):
+        return False
+    return math.prod(value) <= MAX_EVENT_SIZE and (len(value) < 3 or max(value) <= MAX_SIDE)
 
 
 def is_tensor(value):
     return type(value) is torch.Tensor
+
+
+def is_units(value):
+    """Return whether it is a mean and a std > 0 of each channel, or nothing."""
+    if value in (None, ...):
+        return True
+    if not is_dict(value, is_tensor) or value.keys() != {"mean", "std"}:
+        return False
+    mean, std = value["mean"], value["std"]
+    alike = mean.ndim == 1 and mean.shape == std.shape and mean.dtype == std.dtype == torch.float32
+    return alike and bool((std > 0).all())
 
 
 def is_weights(value):
@@ -103,6 +115,7 @@ INFERENCE_KEYS = {  # what sampling and evaluation need
     "step": is_whole,
     "config": partial(is_dict, is_item=is_option, most=MAX_ITEMS),  # the fields of Config
     "event": is_event,  # shape of one item
+    "units": is_units,  # of the data before they were standardized; not there before version 0.4
     "classes": partial(is_list, is_item=is_text, most=MAX_CLASSES),  # their names
     "ema": is_weights,  # the averaged weights, and the BatchNorm statistics that belong to them
     "provenance": partial(is_dict, is_item=is_plain, most=MAX_ITEMS),  # see `provenance`

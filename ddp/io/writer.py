@@ -1,6 +1,7 @@
 """Stream samples to PNG, NPZ and GIF files in bounded memory."""
 
 import contextlib
+import functools
 import re
 import shutil
 import tempfile
@@ -10,18 +11,19 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ddp.io.figures import grid_or_scatter, num_fitting, save_animation, save_png
+from ddp.io.figures import save_animation, save_png
 from ddp.io.files import atomic_dir, next_free_path, require_absent
+from ddp.io.item_figures import displayed, draw_items, num_images, room
 
 FORMATS = ("png", "grid", "npz", "gif")  # an image each; one image of all; arrays; an animation
 FILE_FORMATS = {".png": "grid", ".npz": "npz", ".gif": "gif"}  # suffix of a file -> its format
 GRID_IMAGES = 1024  # in a grid, and no more than fit into
 GRID_PIXELS = 1 << 25
-SCATTER_POINTS = 5000  # in a scatter
 ANIMATED_IMAGES = 25  # in an animation, and no more than fit into
 ANIMATED_PIXELS = 1 << 20
-ANIMATED_POINTS = 1000  # the same of points
+ANIMATED_POINTS, ANIMATED_SEQUENCES = 1000, 4  # the same of others
 MAX_FRAMES = 50  # of an animation
+MAX_SEQUENCES = 64  # of an interpolation, that are shown
 WAY_MILLISECONDS = 200  # that a step of an interpolation is shown
 
 
@@ -60,7 +62,7 @@ class SampleWriter(contextlib.ExitStack):
     """A context that writes samples as they come; `path` appears when all is well, or not at all.
 
     path and formats: of parse_output; event: the shape of a sample; total: how many will come;
-    reference: items to show right of them; options: titles and columns of grid_or_scatter."""
+    reference: items to show right of them; options: titles, columns, own_scale of draw_items."""
 
     def __init__(self, path, formats, event, total, reference=None, **options):
         super().__init__()
@@ -69,25 +71,29 @@ class SampleWriter(contextlib.ExitStack):
         self.event = event
         self.total = total
         self.options = options
-        self.is_image = len(event) == 3  # (C, H, W), else (D,)
+        self.is_image = len(event) == 3  # (C, H, W), else (C, L) or (D,)
         self.count = 0  # samples written so far
         self.shown = []  # the first samples, num_shown of them
         self.references = [] if reference is None else [reference]  # to show right of them
+        self.array = None  # the member of the archive that samples are written to
         self.arrays = {}  # name -> (file, dtype, shape of one), what else goes into the .npz
 
     @property
     def num_shown(self):
-        """How many samples a grid or scatter shows, the first."""
+        """How many samples a figure shows, the first."""
+        if len(self.event) == 2 and "columns" in self.options:
+            return min(self.total, MAX_SEQUENCES)
         if not self.is_image:
-            return min(self.total, SCATTER_POINTS)
-        return min(self.total, GRID_IMAGES, num_fitting(self.event, GRID_PIXELS))
+            return min(self.total, room(self.event))
+        return min(self.total, GRID_IMAGES, num_images(self.event, GRID_PIXELS))
 
     @property
     def num_animated(self):
         """How many samples an animation shows, the first; of an interpolation how many ways."""
         if not self.is_image:
-            return min(self.total, ANIMATED_POINTS)
-        return min(self.total, ANIMATED_IMAGES, num_fitting(self.event, ANIMATED_PIXELS))
+            most = ANIMATED_POINTS if len(self.event) == 1 else ANIMATED_SEQUENCES
+            return min(self.total, most)
+        return min(self.total, ANIMATED_IMAGES, num_images(self.event, ANIMATED_PIXELS))
 
     @property
     def needs_states(self):
@@ -123,25 +129,22 @@ class SampleWriter(contextlib.ExitStack):
         self.out = self.enter_context(atomic_dir(self.path, of_file))
         self.folder = self.out.folder
         if "npz" in self.formats:
-            self.open_archive()
+            self.aside = self.enter_context(contextlib.ExitStack())  # files without a name
+            self.archive = self.enter_context(zipfile.ZipFile(self.folder / "samples.npz", "w"))
         self.push(self.finish)  # contexts are left, and this is called, in reverse order
         return self
 
-    def open_archive(self):
+    def open_array(self, dtype):
         """Start samples.npz with an array whose bytes follow, sample by sample.
 
         numpy writes whole arrays only, but an .npz is a .zip of .npy files."""
-        name, dtype, shape = "points", "<f4", self.event
-        if self.is_image:
-            channels, height, width = self.event
-            name, dtype, shape = "images", "|u1", (height, width, channels)
-        self.aside = self.enter_context(contextlib.ExitStack())  # files without a name
-        self.archive = self.enter_context(zipfile.ZipFile(self.folder / "samples.npz", "w"))
+        name = {1: "points", 2: "sequences", 3: "images"}[len(self.event)]
+        shape = (*self.event[1:], self.event[0]) if self.is_image else self.event  # (H, W, C)
         self.array = self.enter_context(self.archive.open(f"{name}.npy", "w", force_zip64=True))
-        write_header(self.array, dtype, (self.total, *shape))
+        write_header(self.array, np.lib.format.dtype_to_descr(dtype), (self.total, *shape))
 
     def add(self, items, reference=None, **arrays):
-        """Write the next samples, on the CPU: uint8 (B, C, H, W) or float32 (B, D).
+        """Write the next samples, on the CPU: uint8 pixels or float32, (B, *event).
 
         reference: items to show right of them. arrays: (B, ...) tensors for the .npz, such as
         labels; None is left out."""
@@ -151,18 +154,30 @@ class SampleWriter(contextlib.ExitStack):
             self.shown.append(items[:wanted])
             if reference is not None:
                 self.references.append(reference[:wanted])
+        if "png" in self.formats and self.is_image:
+            self.write_each(items)
         if self.is_image:
             items = np.ascontiguousarray(items.transpose(0, 2, 3, 1))  # (B, H, W, C)
         if "npz" in self.formats:
+            if self.array is None:
+                self.open_array(items.dtype)
             self.array.write(items.tobytes())
             for name, array in arrays.items():
                 if array is not None:
                     self.put_aside(name, array.cpu().numpy())
-        if "png" in self.formats and self.is_image:
-            for i, item in enumerate(items, self.count):
-                image = Image.fromarray(item[..., 0] if item.shape[-1] == 1 else item)
-                image.save(self.folder / f"{i:06d}.png")
         self.count += len(items)
+
+    def write_each(self, items):
+        """Write a PNG of each of the images (B, C, H, W), floats on one scale."""
+        for i, item in enumerate(displayed(items, self.like), self.count):
+            image = Image.fromarray(item[0] if len(item) == 1 else item.transpose(1, 2, 0).copy())
+            image.save(self.folder / f"{i:06d}.png")
+
+    @functools.cached_property
+    def like(self):
+        """The items that fix scales and axes: the reference or, without one, the first samples."""
+        items = self.references or self.shown
+        return np.concatenate(items) if items else None
 
     def put_aside(self, name, array):
         """Append the next entries of an array, whose turn comes when the samples are written."""
@@ -175,14 +190,14 @@ class SampleWriter(contextlib.ExitStack):
     def animate(self, states):
         """Write an animation of states, each like the items of `add`, in at most MAX_FRAMES."""
         states = thin_out(states, MAX_FRAMES)
-        frames = [grid_or_scatter(state) for state in states]
+        frames = [draw_items(state, like=self.like) for state in states]
         save_animation(frames, self.folder / "process.gif")
 
     def animate_ways(self, items, columns):
         """Write an animation that goes from one end of each row of the grid to the other."""
         rows = len(items) // columns or 1
         frames = [items[k::columns][: min(rows, self.num_animated)] for k in range(columns)]
-        frames = [grid_or_scatter(frame) for frame in frames if len(frame)]
+        frames = [draw_items(frame, like=self.like) for frame in frames if len(frame)]
         save_animation(frames, self.folder / "process.gif", WAY_MILLISECONDS)
 
     def finish(self, error, *_):
@@ -191,7 +206,8 @@ class SampleWriter(contextlib.ExitStack):
             return
         if "grid" in self.formats or ("png" in self.formats and not self.is_image):
             reference = np.concatenate(self.references) if self.references else None
-            image = grid_or_scatter(np.concatenate(self.shown), reference, **self.options)
+            shown = np.concatenate(self.shown)
+            image = draw_items(shown, reference, like=self.like, **self.options)
             save_png(image, self.folder / "grid.png")  # of points a scatter
         if "gif" in self.formats and not self.needs_states:
             self.animate_ways(np.concatenate(self.shown), self.options["columns"])

@@ -9,6 +9,7 @@ import torch
 
 from ddp.config import Config
 from ddp.data import permutation, to_float, to_pixels
+from ddp.distributed import in_order
 from ddp.io.checkpoint import load_guide, load_model
 from ddp.io.device import sampling_dtype
 from ddp.model import DiffusionModel
@@ -53,8 +54,9 @@ class EvaluateOptions:
         for name, count in counts.items():
             if count < 2:
                 raise ValueError(f"{name} holds {count}; at least 2 are needed, for an error")
-        vlb_samples = self.vlb_samples or (16 if dataset.is_image else 64)
-        nll_items = self.nll_items or (128 if dataset.is_image else 2000)
+        is_point = len(dataset.event) == 1
+        vlb_samples = self.vlb_samples or (64 if is_point else 16)
+        nll_items = self.nll_items or (2000 if is_point else 128)
         likelihood_items = max(2, len(dataset.test))  # with fewer there is no model to measure
         return dataclasses.replace(
             self,
@@ -76,16 +78,22 @@ class Candidate:
     sampler_options: dict | None = None  # keyword arguments of ddp.sampling.sample
     config: Config | None = None  # of the model's training; it names the dataset
     classes: list | None = None  # that the model was trained on, their names
-    samples: torch.Tensor | None = None  # (N, *event), uint8 pixels or points
+    samples: torch.Tensor | None = None  # (N, *event), uint8 pixels, or floats as the dataset's
     results: dict = dataclasses.field(default_factory=dict)  # metric -> nested dict of Estimates
 
     def require_fit(self, dataset):
         """Raise ValueError unless the model was trained on such data."""
+
+        def text(data, classes):
+            floats = "" if data.units is None else "floats "
+            return f"{floats}{data.event} of classes {classes}"
+
         same_classes = not self.model.num_classes or dataset.classes == self.classes
-        if dataset.event != self.model.event or not same_classes:
+        same_kind = (dataset.units is None) == (self.model.units is None)
+        if dataset.event != self.model.event or not same_classes or not same_kind:
             raise ValueError(
-                f"the data, {dataset.event} of classes {dataset.classes}, is not what {self.name} "
-                f"was trained on, {self.model.event} of classes {self.classes}"
+                f"the data, {text(dataset, dataset.classes)}, is not what {self.name} was trained "
+                f"on, {text(self.model, self.classes)}"
             )
         if len(dataset.test) < 2:
             raise ValueError(
@@ -165,33 +173,66 @@ def file_digest(path):
 def generate_samples(candidate, reference, options):
     """Samples (N, *event) of a candidate's model: as many as real items; with sample_labels."""
     model = candidate.sampling_model
-    batches = torch.arange(len(reference.items)).split(options.batch_size)  # (B,) each
-    parts = []
-    for indices in reference.progress(batches, desc="samples"):
+
+    def draw(indices):  # (B,)
         label = reference.sample_labels[indices].to(model.device) if model.num_classes else None
         x0 = sample(model, indices, options.seed, label, **candidate.sampler_options)
-        parts.append(to_pixels(x0).cpu())  # uint8, or points as they are
-    return torch.cat(parts)
+        x0 = to_pixels(x0) if model.is_pixels else x0
+        return change_units(x0, model.units, reference.dataset.units).cpu()
+
+    batches = torch.arange(len(reference.items)).split(options.batch_size)
+    return torch.cat([*in_order(draw, reference.progress(batches, desc="samples"))])
 
 
-def iterate_test_set(model, reference, options, name, num_items, copies=1):
-    """Yield x0 (B, *event), indices (B,) and label (B,) or None of test items, in batches.
+def measure_test_set(measure, model, reference, options, name, num_items, copies=1):
+    """Yield measure(x0 (B, *event), indices (B,), label (B,) or None) of batches of test items.
 
-    Raises ValueError when the model needs labels, and the test items have none."""
+    The processes share the batches; what it returns lies on the CPU. Raises ValueError when the
+    model needs labels, and the test items have none."""
     dataset = reference.dataset
     if model.num_classes and dataset.test_labels is None:
         raise ValueError(f"{name}: the test items of {dataset.name} have no labels for the model")
     items, labels = fixed_subset(dataset.test, dataset.test_labels, num_items)
     size = max(1, options.batch_size // copies)  # the model sees copies of each item at a time
-    batches = torch.arange(len(items)).split(size)
-    for indices in reference.progress(batches, desc=name):
+
+    def measure_batch(indices):
         label = labels[indices].to(model.device) if model.num_classes else None
-        yield to_float(items[indices]).to(model.device), indices, label
+        x0 = change_units(to_float(items[indices]), dataset.units, model.units)
+        return measure(x0.to(model.device), indices, label)
+
+    batches = torch.arange(len(items)).split(size)
+    yield from in_order(measure_batch, reference.progress(batches, desc=name))
+
+
+def change_units(x0, old, new):
+    """Return x0 (B, *event), standardized by the Units `old`, as `new` standardize it."""
+    if old is new or (torch.equal(old.mean, new.mean) and torch.equal(old.std, new.std)):
+        return x0
+    return new.standardize(old.restore(x0))
+
+
+def likelihood_unit(dataset):
+    """The unit of likelihoods: bits/dim of pixels, nats of built-in points, else nats/dim."""
+    if dataset.is_pixels:
+        return "bits/dim"
+    return "nats" if dataset.units is None else "nats/dim"
 
 
 def nats_per_unit(dataset):
-    """Nats in the unit of likelihoods: bits/dim for images (of uint8 data), nats for points."""
-    return math.log(2) * math.prod(dataset.event) if dataset.is_image else 1.0
+    """Nats in the unit of likelihoods."""
+    dimensions = math.prod(dataset.event)
+    per_unit = {"bits/dim": math.log(2) * dimensions, "nats/dim": float(dimensions), "nats": 1.0}
+    return per_unit[likelihood_unit(dataset)]
+
+
+def log_std(units):
+    """The mean over dimensions of log std: what standardizing takes off the entropy, nats/dim."""
+    return 0.0 if units is None else units.std.double().log().mean().item()
+
+
+def nats_of_units(units, dataset):
+    """What to add to nats of items that are standardized by other Units than the dataset's."""
+    return math.prod(dataset.event) * (log_std(units) - log_std(dataset.units))
 
 
 def log_density(dataset, num_items):

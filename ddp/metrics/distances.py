@@ -124,13 +124,17 @@ def wasserstein2(a, b):
 
 
 def histogram_kl(a, b):
-    """KL(b || a) in nats of 2-D histograms over the range of b, with half a count in every bin."""
-    low, high = b.aminmax(dim=0)  # (2,), (2,)
+    """KL(b || a) in nats of histograms over the range of b, with half a count in every bin.
+
+    a (N, D), b (M, D) of one or two dimensions."""
+    low, high = b.aminmax(dim=0)  # (D,), (D,)
+    cells = HISTOGRAM_BINS ** a.shape[1]
+    strides = HISTOGRAM_BINS ** torch.arange(a.shape[1] - 1, -1, -1)
     histograms = []
     for points in (a, b):
         bins = ((points - low) / (high - low) * HISTOGRAM_BINS).long().clamp(0, HISTOGRAM_BINS - 1)
-        index = HISTOGRAM_BINS * bins[:, 0] + bins[:, 1]  # (N,)
-        counts = torch.bincount(index, minlength=HISTOGRAM_BINS**2) + 0.5
+        index = (bins * strides).sum(dim=1)  # (N,)
+        counts = torch.bincount(index, minlength=cells) + 0.5
         histograms.append(counts / counts.sum())
     p, q = histograms
     return (q * (q / p).log()).sum().item()
@@ -190,8 +194,9 @@ class Distance:
 
     function: Callable  # (a, b) -> float, or a dict of floats
     measures: dict  # reported name -> Measure; a function that gives a float names it first
-    kinds: tuple = ("image", "point")  # the data that it is for
+    kinds: tuple = ("image", "sequence", "point")  # the data that it is for, see kinds_of
     max_items: int | None = None  # use at most so many items of each set
+    max_features: int | None = None  # it means little of more
 
     def __call__(self, a, b):
         value = self.function(a, b)
@@ -205,12 +210,16 @@ OF_SAMPLES = Measure(higher_is_better=True, bounds=(0, 1), proportion="samples")
 OF_REAL = Measure(higher_is_better=True, bounds=(0, 1), proportion="real")
 
 DISTANCES = {
-    "fd": Distance(frechet_distance, {"fd": PLAIN, "fd_inf": SIGNED}, ("image",)),  # see bootstrap
-    "kid": Distance(kid, {"kid": SIGNED}, ("image",), max_items=10_000),
-    # an assignment takes time as the cube of the number
-    "wasserstein2": Distance(wasserstein2, {"wasserstein2": PLAIN}, ("point",), max_items=2000),
+    "fd": Distance(  # see bootstrap
+        frechet_distance, {"fd": PLAIN, "fd_inf": SIGNED}, ("image", "sequence", "high_dim")
+    ),
+    "kid": Distance(kid, {"kid": SIGNED}, ("image", "sequence"), max_items=10_000),
+    # an assignment takes time as the cube of the number; in many dimensions all are far apart
+    "wasserstein2": Distance(
+        wasserstein2, {"wasserstein2": PLAIN}, ("point",), max_items=2000, max_features=8
+    ),
     "mmd_rbf": Distance(mmd2_rbf, {"mmd_rbf": SIGNED}, ("point",), max_items=10_000),
-    "histogram_kl": Distance(histogram_kl, {"histogram_kl": PLAIN}, ("point",)),
+    "histogram_kl": Distance(histogram_kl, {"histogram_kl": PLAIN}, ("low_dim",)),
     "prdc": Distance(
         prdc,
         {"precision": OF_SAMPLES, "recall": OF_REAL, "density": HIGHER, "coverage": OF_REAL},

@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from ddp.data import permutation
+from ddp.distributed import on_main, world_size
 from ddp.io.checkpoint import provenance
-from ddp.metrics.candidate import generate_samples, log_density
+from ddp.metrics.candidate import generate_samples, likelihood_unit, log_density, log_std
 from ddp.metrics.distances import DISTANCES, NEIGHBORS
 from ddp.metrics.features import FEATURES
 from ddp.metrics.likelihood import TOLERANCES
@@ -32,15 +33,16 @@ from ddp.metrics.sample_metrics import (
     FEW_RESAMPLES,
     MANY_FEATURES,
     evaluate_memorization,
-    evaluate_pixel_stats,
+    evaluate_value_stats,
     feature_metrics,
     feature_tables,
     feature_warnings,
     memorization_tables,
+    value_tables,
 )
 from ddp.metrics.uncertainty import RESAMPLES, Estimate
 
-SCHEMA = 4  # of the JSON; raise when a key changes
+SCHEMA = 5  # of the JSON; raise when a key changes
 MIN_ITEMS = 20  # real items, below which there is nothing to compare with in a feature space
 LONG = 300  # seconds: what would take longer is measured when it is asked for by name
 NOT_COMPARED = ("real_vs_real", "real", "relative_to_real")  # the same for all, or a ratio to it
@@ -50,7 +52,8 @@ OLD_METRICS = {  # names before 0.2, still accepted
     "judge": "classifier",
     "plane": "points",
     "memorisation": "memorization",
-    "calibration": "pixel_stats",
+    "calibration": "value_stats",
+    "pixel_stats": "value_stats",  # before 0.4
 }
 
 
@@ -60,20 +63,20 @@ class Metric:
 
     function: Callable  # (candidate, reference, options) -> nested dict of Estimates or numbers
     needs_model: bool = False  # and no samples, which all others need
-    kinds: tuple = ("image", "point")  # the data that it is for
+    kinds: tuple = ("image", "sequence", "point")  # the data that it is for, see kinds_of
     by_default: bool = True  # measured unless metrics are chosen by name
     title: str = ""  # of its table; default: its name
     note: str = ""
     show_interval: bool = False  # print 95% intervals instead of ± standard errors
     tables: Callable | None = None  # (results, evaluation), as JSON -> (title, note, rows), a list
-    calls: Callable | None = None  # (options, is_image) -> network evaluations of one item
+    calls: Callable | None = None  # (options, is_pixels) -> network evaluations of one item
 
 
 def feature_space_metric(space):
     """The Metric of a feature space: FID, KID, PRDC and the like (DISTANCES) in FEATURES[space]."""
     return Metric(
         partial(feature_metrics, space),
-        kinds=(FEATURES[space].kind,),
+        kinds=FEATURES[space].kinds,
         by_default=FEATURES[space].by_default,
         show_interval=True,
         tables=partial(feature_tables, space),
@@ -83,9 +86,7 @@ def feature_space_metric(space):
 METRICS = {  # of samples first; the dearest last, which is also compared with the VLB
     **{space: feature_space_metric(space) for space in FEATURES},
     "memorization": Metric(evaluate_memorization, show_interval=True, tables=memorization_tables),
-    "pixel_stats": Metric(
-        evaluate_pixel_stats, title="pixel statistics", note="by channel, ± standard error"
-    ),
+    "value_stats": Metric(evaluate_value_stats, tables=value_tables),
     "loss": Metric(
         evaluate_loss,
         needs_model=True,
@@ -121,17 +122,20 @@ def metric_names(text):
     return names
 
 
-def parse_metrics(text, is_image, has_model):
-    """The names in "vlb,pixels", in the order of METRICS; of None all that apply by default."""
-    kind = "image" if is_image else "point"  # of Metric.kinds
+def parse_metrics(text, kinds, has_model):
+    """The names in "vlb,pixels", in the order of METRICS; of None all that apply by default.
+
+    kinds: of the data, as kinds_of gives them."""
     known = known_metrics()
+    fit = [name for name, metric in known.items() if {*kinds} & {*metric.kinds}]
     if text is None:
-        fit = [name for name, metric in known.items() if metric.by_default and kind in metric.kinds]
+        fit = [name for name in fit if known[name].by_default]
         return [name for name in fit if has_model or not known[name].needs_model]
     names = metric_names(text)
     for name in names:
-        if kind not in known[name].kinds:
-            raise ValueError(f"metrics={name} is for {known[name].kinds[0]}s, not for this data")
+        if name not in fit:
+            wanted = " or ".join(known[name].kinds)
+            raise ValueError(f"metrics={name} is for data of the kind {wanted}, not {kinds[-1]}")
         if known[name].needs_model and not has_model:
             raise ValueError(f"metrics={name} needs a model, not samples alone")
     return [name for name in known if name in names]  # the VLB before what is compared with it
@@ -162,7 +166,7 @@ def evaluate(candidates, reference, metrics, options, by_default=False, tell=Non
 def choose_metrics(candidates, reference, metrics, options, by_default, tell):
     """(those of the metrics that will be measured, warnings); arguments as of evaluate."""
     warnings = []
-    seconds = estimate_seconds(candidates, reference, metrics, options)
+    seconds = on_main(estimate_seconds, candidates, reference, metrics, options)
     for name in metrics:
         if by_default and name != "samples" and seconds.get(name, 0) > LONG:
             line = f"{name}: left out, it takes about {duration(seconds.pop(name))}"
@@ -170,7 +174,8 @@ def choose_metrics(candidates, reference, metrics, options, by_default, tell):
             metrics = [other for other in metrics if other != name]
     if seconds and tell:
         parts = ", ".join(f"{name} {duration(value)}" for name, value in seconds.items())
-        tell(f"the network takes about {duration(sum(seconds.values()))}: {parts}")
+        shared = f", shared by {world_size()} processes" if world_size() > 1 else ""
+        tell(f"the network takes about {duration(sum(seconds.values()))}{shared}: {parts}")
     measured = []
     count = len(reference.items)
     for name in metrics:
@@ -214,7 +219,7 @@ def estimate_seconds(candidates, reference, metrics, options):
     seconds = {}
     for candidate in candidates:
         calls = {n: known[n].calls for n in metrics if fits(n, candidate, reference.dataset)}
-        calls = {n: f(options, reference.dataset.is_image) for n, f in calls.items() if f}
+        calls = {n: f(options, reference.dataset.is_pixels) for n, f in calls.items() if f}
         if candidate.samples is None and not all(known[n].needs_model for n in metrics):
             calls["samples"] = sampling_calls(candidate) * len(reference.items)
         each = seconds_of_a_call(candidate.model, reference.items) if calls else 0
@@ -235,6 +240,8 @@ def summary(candidates, reference, metrics, options, warnings):
     about = {name: getattr(dataset, name) for name in ("name", "fingerprint", "event", "classes")}
     about |= {"train": len(dataset.train), "test": len(dataset.test)}
     about["val"] = 0 if dataset.val is None else len(dataset.val)
+    about["standardized"] = dataset.units is not None
+    about["log_std"] = log_std(dataset.units)  # nats/dim of its own units, less standardized ones
     about["best_chosen_on"] = dataset.selection_split
     return {
         "schema": SCHEMA,
@@ -265,7 +272,8 @@ def candidate_warnings(candidates, dataset):
         if "sha256" not in candidate.about:  # images of a folder may have been resized
             warnings += candidate.about.get("summary", [])[:1]
         trained_on = candidate.about.get("provenance", {})
-        same_points = not dataset.is_image and trained_on.get("dataset") == dataset.name  # any seed
+        is_toy = len(dataset.event) == 1 and dataset.units is None
+        same_points = is_toy and trained_on.get("dataset") == dataset.name  # any seed
         fingerprint = trained_on.get("fingerprint", dataset.fingerprint)  # samples have none
         if fingerprint != dataset.fingerprint and not same_points:
             warnings.append(
@@ -281,7 +289,7 @@ def recipe(reference, metrics, options):
         **asdict(options),
         "metrics": metrics,
         "baseline_items": len(reference.baseline),
-        "unit": "bits/dim" if reference.dataset.is_image else "nats",
+        "unit": likelihood_unit(reference.dataset),
         "device": str(reference.device),
         "feature_spaces": {name: real.extractor.about for name, real in reference.spaces.items()},
         "ode_tolerances": TOLERANCES,

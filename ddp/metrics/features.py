@@ -1,8 +1,8 @@
 """The spaces in which sets are compared: items -> features (N, D) float64.
 
-Pixels and points need no network; filters are a network of fixed random weights, which needs no
-training. The classifier is a small one, trained when it is first needed and then kept in a cache.
-Inception is the network of published FIDs. FEATURES lists them.
+Pixels, values and points need no network; filters are a network of fixed random weights, which
+needs no training. The classifier is a small one, trained when it is first needed and then kept in a
+cache. Inception is the network of published FIDs. FEATURES lists them.
 """
 
 import math
@@ -16,9 +16,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddp.data.dataset import digest, permutation, to_float
+from ddp.data.mapped import subset
+from ddp.distributed import main_first, on_main
 from ddp.io.checkpoint import read_archive, require_same
 from ddp.io.files import atomic_write
 from ddp.metrics.distances import prdc
+from ddp.metrics.fixed_features import PART, filter_features, pixel_features, value_features
 from ddp.metrics.uncertainty import Estimate
 
 VERSION = 2  # raise when classifier training changes: scores compare only within a version
@@ -28,54 +31,7 @@ BATCH_SIZE = 128
 LEAST_ACCURACY = 0.85  # of a classifier whose features mean something
 MOST_NOISE = 0.5  # precision of noise by a classifier whose features mean something
 PROBES = 500  # items of noise, at most
-PART = 500  # items that become floats at a time
-FILTERS = 32  # random filters of each layer
-
-
-def by_parts(function, items):
-    """function(items) of a part at a time: floats of all items would be many times their bytes."""
-    return torch.cat([function(part) for part in items.split(PART)])
-
-
-def pixel_features(items):
-    """Pixels in [0, 1], averaged down to at most 16 a side; points stay as they are."""
-    if items.ndim == 2:
-        return items.double()
-    size = [min(16, side) for side in items.shape[-2:]]  # so that items outnumber features
-
-    def pooled(part):
-        return F.adaptive_avg_pool2d(part.float() / 255, size).flatten(1).double()
-
-    return by_parts(pooled, items)
-
-
-@torch.no_grad()
-def filter_features(items, layers=3):
-    """Responses of images (N, C, H, W) to fixed random filters: texture, edges and colors, (N, D).
-
-    A layer is FILTERS random 3x3 filters of mean 0, the magnitude, and an average over 2x2 pixels
-    (Mallat 2012's scattering, with random filters); of each the mean over the image. Before them
-    each channel's mean in four quarters, and its standard deviation. Nothing is learned, so it
-    holds for a few hundred images of any kind."""
-    generator = torch.Generator().manual_seed(0)  # the same filters in every evaluation
-    filters = []
-    channels = items.shape[1]
-    for _ in range(layers):
-        weight = torch.randn(FILTERS, channels, 3, 3, generator=generator)
-        weight -= weight.mean(dim=(2, 3), keepdim=True)  # blind to a constant
-        filters.append(weight / weight.flatten(1).norm(dim=1)[:, None, None, None])
-        channels = FILTERS
-
-    def responses(part):
-        x = to_float(part)
-        means = [F.adaptive_avg_pool2d(x, 2).flatten(1), x.std(dim=(2, 3))]
-        for weight in filters:
-            x = F.conv2d(x, weight, padding=1).abs()
-            means.append(x.mean(dim=(2, 3)))  # (n, FILTERS)
-            x = F.avg_pool2d(x, 2, ceil_mode=True)
-        return torch.cat(means, dim=1).double()
-
-    return by_parts(responses, items)
+MAX_HELDOUT = 10_000  # items that a classifier is tested on, at most
 
 
 class Classifier(nn.Module):
@@ -153,7 +109,7 @@ def train_classifier(dataset, progress, device="cpu"):
     indices = permutation(0, 0, count)[count // 2 :]  # the baseline takes them from the front
     labels = None if dataset.train_labels is None else dataset.train_labels[indices]
     whole = dataset
-    dataset = replace(dataset, train=dataset.train[indices], train_labels=labels)
+    dataset = replace(dataset, train=subset(dataset.train, indices), train_labels=labels)
     n_outputs = count_outputs(dataset)
     rotations = n_outputs if labels is None else 1  # inputs made of each item
     steps = min(1500, math.ceil(EPOCHS * len(dataset.train) / BATCH_SIZE))
@@ -179,11 +135,13 @@ def train_classifier(dataset, progress, device="cpu"):
 def heldout_items(dataset):
     """(items, labels) on which a classifier is tested: the test split or, where that has no labels
     and the training split has some, the half of that which the classifier does not see."""
-    if dataset.train_labels is None or dataset.test_labels is not None:
-        return dataset.test, dataset.test_labels
-    count = len(dataset.train)
-    indices = permutation(0, 0, count)[: count // 2]
-    return dataset.train[indices], dataset.train_labels[indices]
+    items, labels, count = dataset.test, dataset.test_labels, len(dataset.test)
+    if dataset.train_labels is not None and labels is None:
+        items, labels, count = dataset.train, dataset.train_labels, len(dataset.train) // 2
+    elif count <= MAX_HELDOUT:
+        return items[:], labels
+    indices = permutation(0, 0, len(items))[: min(count, MAX_HELDOUT)]
+    return items[indices], None if labels is None else labels[indices]
 
 
 def load_or_train_classifier(dataset, progress, device="cpu"):
@@ -254,7 +212,12 @@ class Extractor:
 
 
 def classifier_space(dataset, progress=iter, device="cpu", **_):
-    classifier, path = load_or_train_classifier(dataset, progress, device)
+    def load_or_train():
+        classifier, path = load_or_train_classifier(dataset, progress, device)
+        return classifier.cpu(), path  # from where it goes to the other processes
+
+    classifier, path = on_main(load_or_train)
+    classifier.to(device)
     count = len(rotation_task(*heldout_items(dataset))[1])
     right = torch.arange(count) < round(classifier.accuracy.item() * count)  # as many of them
     accuracy = Estimate.proportion(right)
@@ -295,12 +258,19 @@ def pixel_space(dataset, **_):
     return Extractor(pixel_features)
 
 
+def value_space(dataset, **_):
+    return Extractor(value_features)
+
+
 def filter_space(dataset, **_):
     return Extractor(filter_features)
 
 
 def inception_space(dataset, device="cpu", inception_weights=None, **_):
-    return Extractor(inception(inception_weights, device))
+    if dataset.event[0] not in (1, 3):
+        raise ValueError(f"inception is for images of 1 or 3 channels, not {dataset.event[0]}")
+    with main_first():  # which downloads for all
+        return Extractor(inception(inception_weights, device))
 
 
 @dataclass(frozen=True)
@@ -308,14 +278,28 @@ class Space:
     """A feature space: how its Extractor is built, and the data that it is for."""
 
     build: Callable  # (dataset, progress=, device=, inception_weights=) -> Extractor
-    kind: str  # "image" or "point"
+    kind: str | tuple  # one or more of those that kinds_of gives
     by_default: bool = True  # used unless metrics are chosen by name
+
+    @property
+    def kinds(self):
+        return (self.kind,) if isinstance(self.kind, str) else self.kind
+
+
+def kinds_of(dataset):
+    """The kinds of data that it is, by which spaces, distances and metrics are chosen."""
+    if dataset.is_image:
+        return ("image", "pixels" if dataset.is_pixels else "float_image")
+    if len(dataset.event) == 2:
+        return ("sequence",)
+    return ("point", "low_dim" if dataset.event[0] <= 2 else "high_dim")
 
 
 FEATURES = {
     "classifier": Space(classifier_space, "image"),
-    "filters": Space(filter_space, "image"),
-    "pixels": Space(pixel_space, "image"),
-    "inception": Space(inception_space, "image", by_default=False),  # its weights are a download
-    "points": Space(pixel_space, "point"),
+    "filters": Space(filter_space, ("image", "sequence")),
+    "pixels": Space(pixel_space, "pixels"),
+    "values": Space(value_space, ("float_image", "sequence")),
+    "inception": Space(inception_space, "pixels", by_default=False),  # its weights are a download
+    "points": Space(value_space, "point"),
 }

@@ -17,9 +17,9 @@ TOLERANCES = {"points": 1e-5, "pixels": 1e-4}  # of the ODE solver, relative and
 
 
 def denoise(model, x_t, log_snr, label=None):
-    """x0_hat (B, *event) of the model, clipped to [-1, 1] where the items are images."""
+    """x0_hat (B, *event) of the model, clipped to [-1, 1] where the items are pixels."""
     x0_hat = model.denoise(x_t, log_snr, label)
-    return clip_static(x0_hat) if model.is_image else x0_hat
+    return clip_static(x0_hat) if model.is_pixels else x0_hat
 
 
 def noise_and_denoise(model, x0, log_snr, eps, label=None):
@@ -130,7 +130,8 @@ def ode_nll(
     noisy = model.schedule.log_snr(1.0).clamp_min(MIN_LOG_SNR).item()
     x0 = x0.repeat(dequantizations, *[1] * len(model.event))  # (K * B, *event)
     label = None if label is None else label.repeat(dequantizations)
-    tolerance = tolerance or TOLERANCES["pixels" if dequantization else "points"]
+    is_point = len(model.event) == 1 and not dequantization
+    tolerance = tolerance or TOLERANCES["points" if is_point else "pixels"]
 
     x, nats = flow_start(model, x0, indices, seed, label, dequantization)
     probes = divergence_probes(x, indices, seed)

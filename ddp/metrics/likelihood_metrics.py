@@ -9,7 +9,12 @@ from time import perf_counter
 import torch
 
 from ddp.data import to_float
-from ddp.metrics.candidate import iterate_test_set, log_density, nats_per_unit
+from ddp.metrics.candidate import (
+    log_density,
+    measure_test_set,
+    nats_of_units,
+    nats_per_unit,
+)
 from ddp.metrics.likelihood import loss_by_noise_level, ode_nll, vlb
 from ddp.metrics.uncertainty import Estimate
 
@@ -39,19 +44,19 @@ def sampling_calls(candidate):
     return options["steps"] * (1 + guided) * (1 + (options["sampler"] == "heun"))
 
 
-def loss_calls(options, is_image):
+def loss_calls(options, is_pixels):
     """The same of evaluate_loss, of all test items together."""
     return LEVELS * options.vlb_items
 
 
-def vlb_calls(options, is_image):
+def vlb_calls(options, is_pixels):
     """The same of evaluate_vlb: two times, and two reconstruction terms in each."""
     return 2 * (options.vlb_samples + 2) * options.vlb_items
 
 
-def ode_nll_calls(options, is_image):
+def ode_nll_calls(options, is_pixels):
     """The same of evaluate_ode_nll."""
-    copies = 2 * options.dequant_samples if is_image else 1
+    copies = 2 * options.dequant_samples if is_pixels else 1
     return ODE_CALLS * BACKWARD * copies * options.nll_items
 
 
@@ -60,10 +65,11 @@ def evaluate_loss(candidate, reference, options):
 
     Rows are named by log-SNR, since two schedules have different levels at one t."""
     model = candidate.model
-    batches = []  # for each batch ten rows, of a level each
-    items = iterate_test_set(model, reference, options, "loss", options.vlb_items)
-    for x0, indices, label in items:
-        batches.append(loss_by_noise_level(model, x0, indices, options.seed, LEVELS, label))
+
+    def measure(x0, indices, label):  # ten rows, of a level each
+        return loss_by_noise_level(model, x0, indices, options.seed, LEVELS, label)
+
+    batches = measure_test_set(measure, model, reference, options, "loss", options.vlb_items)
     results = {}
     for rows in zip(*batches, strict=True):  # the rows of one level, of a batch each
         log_snr = rows[0]["log_snr"]
@@ -75,7 +81,7 @@ def evaluate_loss(candidate, reference, options):
 
 
 def evaluate_vlb(candidate, reference, options):
-    """Variational bound (VLB) in discrete and in continuous time, in bits/dim, or nats for points.
+    """Variational bound (VLB) in discrete and in continuous time, in the unit of likelihood_unit.
 
     Its terms, their `total`, `monte_carlo`, the part of the total's error that more noise levels
     would lower, and the total's `gap` to the entropy of the data, where that is known."""
@@ -96,37 +102,45 @@ def evaluate_vlb(candidate, reference, options):
 def vlb_half(model, reference, options, time, number):
     """Terms of the VLB of the test items, each (N,), from half 0 or 1 of their noise levels."""
     half = options.vlb_samples // 2  # noise levels of each item
-    discrete = reference.dataset.is_image
+    discrete = reference.dataset.is_pixels
     parts = {}  # term -> a list of (B,)
-    batches = iterate_test_set(model, reference, options, f"vlb, {time}", options.vlb_items)
-    for x0, indices, label in batches:
-        terms = vlb(model, x0, indices, options.seed, half, label, discrete, time, number * half)
+
+    def measure(x0, indices, label):
+        how = (label, discrete, time, number * half)
+        return vlb(model, x0, indices, options.seed, half, *how)
+
+    items = (f"vlb, {time}", options.vlb_items)
+    for terms in measure_test_set(measure, model, reference, options, *items):
         for term, nats in terms.items():
             parts.setdefault(term, []).append(nats / nats_per_unit(reference.dataset))  # (B,)
-    return {term: torch.cat(values) for term, values in parts.items()}
+    offset = nats_of_units(model.units, reference.dataset) / nats_per_unit(reference.dataset)
+    terms = {term: torch.cat(values) for term, values in parts.items()}
+    return terms | {name: terms[name] + offset for name in ("reconstruction", "total")}
 
 
 def evaluate_ode_nll(candidate, reference, options):
-    """Negative log-likelihood along the probability-flow ODE, in bits/dim, or nats for points.
+    """Negative log-likelihood along the probability-flow ODE, in the unit of likelihood_unit.
 
-    Points have a density; images are dequantized, by `uniform` noise and by the VLB's own `noise`,
+    Floats have a density; pixels are dequantized, by `uniform` noise and by the VLB's own `noise`,
     where `total` is a bound and `importance_weighted` a tighter one. `gap`: to the entropy of the
     data, where it is known. `below_vlb`: how far below the continuous VLB of the same items."""
     dataset = reference.dataset
     unit = nats_per_unit(dataset)
     known = log_density(dataset, options.nll_items)  # (N,) or None
-    copies = options.dequant_samples if dataset.is_image else 1  # K
+    copies = options.dequant_samples if dataset.is_pixels else 1  # K
     model = candidate.model
     results = {}
-    for name in ("uniform", "noise") if dataset.is_image else ("density",):
-        noise = name if dataset.is_image else None  # that makes a density of pixels
-        parts = []
+    for name in ("uniform", "noise") if dataset.is_pixels else ("density",):
+        noise = name if dataset.is_pixels else None  # that makes a density of pixels
+
+        def measure(x0, indices, label, noise=noise):  # (K, B)
+            return ode_nll(model, x0, indices, options.seed, copies, label, noise)
+
         items = (options, f"ode_nll, {name}", options.nll_items, copies)
-        for x0, indices, label in iterate_test_set(model, reference, *items):
-            parts.append(ode_nll(model, x0, indices, options.seed, copies, label, noise))
-        nats = torch.cat(parts, dim=1)  # (K, N), of parts (K, B)
+        parts = measure_test_set(measure, model, reference, *items)
+        nats = torch.cat([*parts], dim=1) + nats_of_units(model.units, dataset)  # (K, N)
         values = {"total": nats.mean(dim=0) / unit}  # each (N,)
-        if dataset.is_image:
+        if dataset.is_pixels:
             weighted = math.log(copies) - torch.logsumexp(-nats, dim=0)
             values["importance_weighted"] = weighted / unit  # Burda et al. 2016, eq. 8
         elif known is not None:
@@ -145,6 +159,10 @@ def nll_tables(name, items, results, evaluation):
     note = f"{recipe['unit']}, ± standard error; {recipe[items]:,} test items"
     if "uniform" in results:
         note += f", {recipe['dequant_samples']} dequantizations each"
+    if recipe["unit"] == "nats/dim":
+        offset = evaluation["dataset"]["log_std"]
+        note += f", of standardized data; in its own units {abs(offset):.4f} "
+        note += "more" if offset > 0 else "less"
     rows = dict(results)  # discrete, continuous; or a row for each dequantization
     if evaluation["entropy"]:
         rows["entropy of the data"] = {"total": evaluation["entropy"]}

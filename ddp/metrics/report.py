@@ -15,16 +15,10 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from ddp.io.figures import (
-    grid_or_scatter,
-    histogram,
-    loss_by_level,
-    metric_ratios,
-    neighbors,
-    save_png,
-    to_pil,
-)
+from ddp.distributed import is_lost_process
+from ddp.io.figures import histogram, loss_by_level, metric_ratios, save_png, to_pil
 from ddp.io.files import atomic_write
+from ddp.io.item_figures import draw_items, neighbors, room
 from ddp.metrics.evaluate import evaluate, flatten, known_metrics
 from ddp.metrics.features import FEATURES
 
@@ -160,6 +154,8 @@ def measure_and_report(candidates, reference, metrics, options, folder, command,
             raise
         stopped = error
         reason = str(error) or type(error).__name__
+        if is_lost_process(error):
+            reason = "another process failed"
         finished["warnings"].append(f"stopped before all was measured ({reason})")
     try:
         write_report(folder, finished, candidates, reference)
@@ -175,14 +171,17 @@ def candidate_figures(candidate, reference):
     dataset = reference.dataset
     figures = {}
     if candidate.samples is not None:
-        count = 64 if dataset.is_image else 5000  # that a figure has room for
-        sets = (candidate.samples[:count], reference.items[:count])
-        figures["samples and real items"] = grid_or_scatter(*sets, ("samples", "real items"))
+        sets = []
+        for items in (candidate.samples, reference.items):
+            items = items[: room(dataset.event)]
+            sets.append(items if dataset.units is None else dataset.units.restore(items))
+        figures["samples and real items"] = draw_items(*sets, ("samples", "real items"))
     if "memorization" in results:
         pairs = results["memorization"]["closest"]  # dicts: sample, train, distance
         samples = candidate.samples[[pair["sample"] for pair in pairs]]
         nearest = dataset.train[[pair["train"] for pair in pairs]]
         caption = "closest samples, each with its nearest training item"
+        caption += ", standardized" if dataset.units is not None else ""
         figures[caption] = neighbors(samples, nearest)
     ratios = {}  # feature space -> name -> Estimate, or None where the baseline is 0
     for space in FEATURES:

@@ -1,4 +1,4 @@
-"""Metrics of samples: FID and its like in feature spaces, classes, memorization, pixel statistics.
+"""Metrics of samples: FID and its like in feature spaces, classes, memorization, statistics.
 
 Each is a function (candidate, reference, options) -> nested dict of Estimates.
 """
@@ -9,15 +9,18 @@ from dataclasses import dataclass
 
 import torch
 
+from ddp.distributed import in_order, on_main
 from ddp.metrics.candidate import fixed_subset
 from ddp.metrics.distances import DISTANCES, find_measure, nearest, one_hot, total_variation
-from ddp.metrics.features import FEATURES, Extractor, by_parts, pixel_features
+from ddp.metrics.features import FEATURES, Extractor, kinds_of
+from ddp.metrics.fixed_features import PART, by_parts, pixel_features, value_features
 from ddp.metrics.uncertainty import MIN_ITEMS, RESAMPLES, Estimate, bootstrap
 
 MANY_FEATURES = 512  # with more, a distance takes seconds: fewer half-samples
 FEW_RESAMPLES = 10
 CLOSE = 0.05  # of held-out items lie nearer to a training item than what is called near
 CONFIDENT = 0.9  # probability from which a classifier is called sure
+MAX_STATS = 32  # channels or dimensions of which statistics are reported
 
 
 @dataclass
@@ -27,7 +30,13 @@ class RealFeatures:
     extractor: Extractor
     items: torch.Tensor  # (N, D) features of reference.items
     baseline: dict  # name -> Estimate, of reference.baseline as samples; {}: not yet measured
+    distances: dict  # of DISTANCES, those that are for such features: name -> Distance
     class_probs: torch.Tensor | None = None  # (N, classes) of reference.items
+
+
+def extract(function, items):
+    """function(items), (N, ...), a part at a time; the processes share the parts."""
+    return torch.cat([*in_order(function, items.split(PART))])
 
 
 def real_features(space, reference, options):
@@ -39,10 +48,20 @@ def real_features(space, reference, options):
             device=reference.device,
             inception_weights=options.inception_weights,
         )
-        features = extractor.features(reference.items)  # (N, D)
-        probs = extractor.class_probs and extractor.class_probs(reference.items)  # (N, classes)
-        reference.spaces[space] = RealFeatures(extractor, features, {}, probs)
+        features = extract(extractor.features, reference.items)  # (N, D)
+        probs = extractor.class_probs and extract(extractor.class_probs, reference.items)
+        distances = fitting_distances(kinds_of(reference.dataset), features.shape[1])
+        reference.spaces[space] = RealFeatures(extractor, features, {}, distances, probs)
     return reference.spaces[space]
+
+
+def fitting_distances(kinds, count):
+    """Those of DISTANCES that are for `count` features of data of such kinds: name -> Distance."""
+    fitting = {}
+    for name, distance in DISTANCES.items():
+        if {*kinds} & {*distance.kinds} and count <= (distance.max_features or count):
+            fitting[name] = distance
+    return fitting
 
 
 def feature_metrics(space, candidate, reference, options):
@@ -69,16 +88,19 @@ def feature_metrics(space, candidate, reference, options):
 def measure(space, items, real):
     """The distances of items to as many real ones, name -> Estimate; class_probs, or None."""
     resamples = FEW_RESAMPLES if real.items.shape[1] > MANY_FEATURES else RESAMPLES
-    features = real.extractor.features(items)  # (N, D)
+    features = extract(real.extractor.features, items)  # (N, D)
     others = real.items[: len(features)]
+
+    def estimate(distance):
+        limits = {"resamples": resamples, "max_items": distance.max_items}
+        return bootstrap(distance, features, others, **limits)
+
     estimates = {}
-    for distance in DISTANCES.values():
-        if FEATURES[space].kind in distance.kinds:
-            limits = {"resamples": resamples, "max_items": distance.max_items}
-            estimates |= bootstrap(distance, features, others, **limits)
+    for of_distance in in_order(estimate, real.distances.values()):  # the processes share them
+        estimates |= of_distance
     if real.class_probs is None:
         return estimates, None
-    probs = real.extractor.class_probs(items)  # (N, classes)
+    probs = extract(real.extractor.class_probs, items)  # (N, classes)
     estimates |= bootstrap(class_measures, probs, real.class_probs[: len(probs)])
     return estimates, probs
 
@@ -105,13 +127,12 @@ def class_results(candidate, reference, probs, real_probs):
 
 def feature_warnings(space, reference, options):
     """What to know before comparing numbers of a feature space, lines."""
-    kind = FEATURES[space].kind
     count = len(reference.items)
     real = real_features(space, reference, options)
     dimension = real.items.shape[1]
     of_train = options.reference == "train"
     lines = [real.extractor.weak] if real.extractor.weak else []
-    if count < 2 * dimension and kind == "image":  # a half-sample has a singular covariance
+    if count < 2 * dimension and "fd" in real.distances:  # a half-sample has a singular covariance
         lines.append(
             f"too few samples: {count:,} for {dimension:,} features, so fd is mostly its bias; "
             "compare it at this number only"
@@ -127,8 +148,8 @@ def feature_warnings(space, reference, options):
     if space == "classifier" and seen > len(reference.dataset.train) // 2:
         of = "the real items" if of_train else "the items of real vs real"
         lines.append(f"among {of} are some on which the classifier was trained")
-    for name, distance in DISTANCES.items():
-        if kind in distance.kinds and count > (distance.max_items or count):
+    for name, distance in real.distances.items():
+        if count > (distance.max_items or count):
             lines.append(f"{name} is of {distance.max_items:,} items only")
     if space == "inception" and not (of_train and count >= 50_000):
         lines.append(
@@ -170,24 +191,25 @@ def feature_tables(space, results, evaluation):
 
 
 def distance_ratio(samples, reference):
-    """One number for benchmarks: FD of pixels, or 2-Wasserstein of points, over real vs real.
+    """One number for benchmarks: 2-Wasserstein of points, else FD of values, over real vs real.
 
     It is 1 for a perfect model, but for chance; it has no error, so take several seeds."""
-    distance = DISTANCES["fd" if samples.ndim == 4 else "wasserstein2"].function
-    samples, real, baseline = map(pixel_features, (samples, reference.items, reference.baseline))
+    distance = DISTANCES["wasserstein2" if samples.ndim == 2 else "fd"].function
+    features = pixel_features if samples.dtype == torch.uint8 else value_features
+    samples, real, baseline = map(features, (samples, reference.items, reference.baseline))
     return distance(samples, real) / distance(baseline, real[: len(baseline)])
 
 
 def evaluate_memorization(candidate, reference, options):
-    """How near samples lie to training items, in root mean square over pixels or coordinates.
+    """How near samples lie to training items, in root mean square over the numbers of an item.
 
     `nn_distance_ratio`: their median distance to the nearest, over that of held-out items.
     `near_duplicates`: the fraction nearer than all but 5% of these. `copies`: at distance 0.
     `closest`: the pairs at the smallest distance."""
     train = reference.dataset.train  # (M, *event)
     heldout, _ = fixed_subset(reference.dataset.test, None, len(reference.items))
-    sample_distances, index = rms_to_nearest(candidate.samples, train)  # (N,), (N,)
-    heldout_distances, _ = rms_to_nearest(heldout, train)  # (N,)
+    sample_distances, index = on_main(rms_to_nearest, candidate.samples, train)  # (N,), (N,)
+    heldout_distances, _ = on_main(rms_to_nearest, heldout, train)  # (N,)
     results = {}
     if min(len(sample_distances), len(heldout)) >= MIN_ITEMS:
         results |= bootstrap(neighbor_measures, sample_distances, heldout_distances)
@@ -231,22 +253,34 @@ def memorization_tables(results, evaluation):
         "exact copies": results["copies"],
     }
     rows = {name: {"": cell} for name, cell in rows.items()}
-    return [("memorization", "root mean square over pixels or coordinates", rows)]
+    values = "standardized values" if evaluation["dataset"]["standardized"] else "values"
+    return [("memorization", f"root mean square over {values}", rows)]
 
 
-def evaluate_pixel_stats(candidate, reference, options):
-    """Mean and sd of each channel or coordinate; of images the fraction of saturated values."""
-    real_stats = channel_stats(reference.items)
+def evaluate_value_stats(candidate, reference, options):
+    """Mean and sd of each channel or dimension, in the data's units; of pixels the saturated.
+
+    Of more than MAX_STATS channels, those that differ most, by their errors."""
+    units = reference.dataset.units
+    real_stats = channel_stats(reference.items, units)
     results = {}
-    for channel, stats in channel_stats(candidate.samples).items():
+    deviations = {}  # channel -> its largest difference, in standard errors
+    for channel, stats in channel_stats(candidate.samples, units).items():
         results[channel] = {}
+        deviations[channel] = 0.0
         for name, ours in stats.items():
             real = real_stats[channel][name]
+            error = math.hypot(ours.error, real.error)
+            deviation = abs(ours.value - real.value) / error if error else 0.0
+            deviations[channel] = max(deviations[channel], deviation)
             results[channel][name] = {"samples": ours, "real": real, "difference": ours - real}
+    if len(results) > MAX_STATS:
+        chosen = sorted(results, key=deviations.get, reverse=True)[:MAX_STATS]
+        results = {channel: results[channel] for channel in results if channel in chosen}
     return results
 
 
-def channel_stats(items):
+def channel_stats(items, units=None):
     """channel -> {"mean", "sd"} of items (N, C, ...), and "saturated" of pixels, as Estimates."""
     items = items.reshape(*items.shape[:2], -1)  # (N, C, H * W)
     first = by_parts(lambda part: part.double().mean(dim=2), items)  # moments of each item, (N, C)
@@ -256,6 +290,9 @@ def channel_stats(items):
         sd = math.sqrt(max(0.0, x2.mean().item() - x.mean().item() ** 2))
         # each item's influence on the sd, by the delta method
         influence = (x2 - 2 * x.mean() * x) / (2 * sd or 1) / math.sqrt(len(x))
+        if units is not None:  # after the squares, which of a mean far from 0 would lose digits
+            mean, std = units.mean[c].item(), units.std[c].item()
+            x, sd, influence = mean + std * x, std * sd, std * influence
         stats[f"channel {c}"] = {"mean": Estimate.mean(x), "sd": Estimate(sd, influence)}
     if items.dtype == torch.uint8:
 
@@ -265,3 +302,16 @@ def channel_stats(items):
         saturated = by_parts(share_of_ends, items)  # (N,)
         stats["saturated"] = {"fraction": Estimate.mean(saturated, bounds=(0, 1))}
     return stats
+
+
+def value_tables(results, evaluation):
+    """The table of statistics: a row for each channel or dimension and number."""
+    dataset = evaluation["dataset"]
+    note = "in the data's units" if dataset["standardized"] else "by channel"
+    if len(results) == MAX_STATS < dataset["event"][0]:
+        note += f"; of {dataset['event'][0]:,} the {MAX_STATS} that differ most"
+    rows = {}
+    for channel, stats in results.items():
+        for name, cells in stats.items():
+            rows[f"{channel}, {name}"] = cells
+    return [("statistics of the values", f"{note}, ± standard error", rows)]

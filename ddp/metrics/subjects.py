@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ddp.data import DATASETS, load_dataset
 from ddp.data.arrays import load_samples
+from ddp.distributed import main_first
 from ddp.io.files import find_checkpoint, next_free_path
 from ddp.metrics.candidate import Candidate, checkpoint_candidate, file_digest
 from ddp.options import SamplerOptions
@@ -108,7 +109,8 @@ def load_candidates(subjects, data_source, sampling, weights, device, progress):
     if flags and not candidates:
         raise ValueError(f"{', '.join(flags)}: for checkpoints only")
     arguments = data_source(next(iter(candidates.values()), None))
-    dataset = load_dataset(**arguments, progress=progress)
+    with main_first():  # which downloads or decodes for all
+        dataset = load_dataset(**arguments, progress=progress)
     for name, subject in zip(names, subjects, strict=True):
         if name in candidates:
             candidates[name].require_fit(dataset)
@@ -119,7 +121,7 @@ def load_candidates(subjects, data_source, sampling, weights, device, progress):
 
 def samples_candidate(path, name, dataset):
     """The Candidate of samples: .npz, .npy, a folder or a .zip."""
-    items, summary = load_samples(path, dataset.event)
+    items, summary = load_samples(path, dataset.event, dataset.units)
     about = {"samples": str(Path(path).resolve()), "count": len(items), "summary": summary}
     if Path(path).is_file():
         about["sha256"] = file_digest(path)

@@ -285,6 +285,14 @@ HOSTILE = {  # key -> what it must not hold
         *([1, -8, 8], [0, 8, 8], [1, 8.0, 8], [1, math.nan, 8], [1, True, 8], [1, 10**400, 8]),
         *([1, 4096, 4096], [1, 1, 4097], [2**40], [1, 10**5, 10**5]),
     ],
+    "units": [
+        *([], 7, {}, {"mean": torch.ones(1)}, {"mean": [0.0], "std": [1.0]}),
+        *({"mean": torch.zeros(1), "std": std} for std in (torch.zeros(1), -torch.ones(1))),
+        *({"mean": torch.zeros(1), "std": std} for std in (torch.ones(2), torch.ones(1, 1))),
+        {"mean": torch.zeros(1), "std": torch.tensor([math.nan])},
+        {"mean": torch.zeros(1).double(), "std": torch.ones(1).double()},
+        {"mean": torch.zeros(2), "std": torch.ones(2)},  # of another number of channels
+    ],
     "classes": [
         *(None, {}, "0123456789", [7], [None], [[]], ["\x1b[31m"], ["a\nb"], [LONG], ["x"] * 10**5),
     ],
@@ -592,3 +600,17 @@ def test_format_1_edm_levels_have_their_present_name(tmp_path):
     for old, new in (("normal", "lognormal"), ("log_normal", "edm"), ("uniform", "uniform")):
         torch.save(state | {"config": state["config"] | {"levels": old}}, path)
         assert read_checkpoint(path)["config"]["noise_dist"] == new
+
+
+def test_units_go_with_the_weights_and_a_file_without_them_is_of_pixels(trainer, tmp_path):
+    state = checkpoint_state(trainer)
+    assert state["units"] is None
+    units = {"mean": torch.tensor([5.0]), "std": torch.tensor([2.0])}
+    write_checkpoint(tmp_path / "a.pth", state | {"units": units})
+    model = load_model(tmp_path / "a.pth")[0]
+    assert not model.is_pixels
+    assert model.units.restore(torch.ones(2, 1, 8, 8)).unique().tolist() == [7]
+    del state["units"]  # as before version 0.4
+    write_checkpoint(tmp_path / "b.pth", state)
+    assert load_model(tmp_path / "b.pth")[0].is_pixels
+    assert strip_training_state(state)["units"] is None

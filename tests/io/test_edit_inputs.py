@@ -11,7 +11,9 @@ from ddp.io.edit_inputs import check_edit, read_edit_inputs
 from ddp.options import SamplerOptions
 
 EVENT = (1, 8, 8)
-MODEL = SimpleNamespace(event=EVENT, is_image=True, schedule=SimpleNamespace(timesteps=None))
+MODEL = SimpleNamespace(
+    event=EVENT, is_pixels=True, units=None, schedule=SimpleNamespace(timesteps=None)
+)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddp.io import figures
+from ddp.io import figures, item_figures
 
 
 @pytest.mark.parametrize("event", [(1, 8, 8), (3, 30, 45), (1, 100, 20)])
@@ -60,7 +60,7 @@ def test_titles_of_a_scatter_are_within_the_image(reference):
 
 def test_titles_of_narrow_grids_do_not_overlap():
     image = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
-    both = np.asarray(figures.grid_or_scatter(image, image, ("reconstructed", "given")))
+    both = np.asarray(item_figures.draw_items(image, image, ("reconstructed", "given")))
     heading = (both[: figures.MARGIN] < 255).any(axis=(0, 2))  # (W,) where a title's letters are
     gaps = np.diff(np.flatnonzero(heading))
     assert gaps.max() > 10  # between the titles
@@ -135,8 +135,8 @@ def test_to_pil_passes_images_through():
 
 def test_grid_or_scatter_shows_the_reference_on_the_right():
     images = torch.randint(256, (4, 1, 48, 48), dtype=torch.uint8)
-    alone = figures.grid_or_scatter(images)
-    both = np.asarray(figures.grid_or_scatter(images, 255 - images))
+    alone = item_figures.draw_items(images)
+    both = np.asarray(item_figures.draw_items(images, 255 - images))
     margin = figures.MARGIN
     top = margin + margin // 2
     for left, expected in (
@@ -145,7 +145,7 @@ def test_grid_or_scatter_shows_the_reference_on_the_right():
     ):
         pasted = both[top : top + alone.height, left : left + alone.width]
         assert (pasted == np.asarray(expected)).all()
-    assert isinstance(figures.grid_or_scatter(torch.randn(9, 2), torch.randn(9, 2)), Image.Image)
+    assert isinstance(item_figures.draw_items(torch.randn(9, 2), torch.randn(9, 2)), Image.Image)
 
 
 def test_neighbors_are_pairs():
@@ -153,8 +153,8 @@ def test_neighbors_are_pairs():
     nearest = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
     pairs = torch.stack([items, nearest], dim=1).flatten(0, 1)
     expected = figures.grid(pairs, columns=8)
-    assert (np.asarray(figures.neighbors(items, nearest)) == np.asarray(expected)).all()
-    assert figures.neighbors(torch.randn(3, 2), torch.randn(3, 2)).width > 100
+    assert (np.asarray(item_figures.neighbors(items, nearest)) == np.asarray(expected)).all()
+    assert item_figures.neighbors(torch.randn(3, 2), torch.randn(3, 2)).width > 100
 
 
 @pytest.mark.parametrize("name", ["val_loss", "test_loss"])  # the latter before version 0.3

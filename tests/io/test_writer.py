@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ddp.io.figures import grid, grid_or_scatter
+from ddp.io.figures import grid
+from ddp.io.item_figures import draw_items
 from ddp.io.writer import (
     FORMATS,
     MAX_FRAMES,
@@ -112,7 +113,7 @@ def test_an_animated_interpolation_goes_along_its_rows(tmp_path, items):
         for k in range(4):
             animation.seek(k)
             frame = np.asarray(animation.convert("RGB")).astype(float)
-            expected = np.asarray(grid_or_scatter(items[k::4])).astype(float)
+            expected = np.asarray(draw_items(items[k::4])).astype(float)
             assert np.abs(frame - expected).mean() < 12  # a .gif has few colors
 
 
@@ -214,7 +215,7 @@ def test_nothing_is_left_when_the_last_step_fails(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("ddp.io.writer.grid_or_scatter", full)
+    monkeypatch.setattr("ddp.io.writer.draw_items", full)
     with pytest.raises(OSError, match="no space"):
         write(tmp_path / "s", ["grid", "npz"], IMAGES)
     assert not list(tmp_path.iterdir())
@@ -295,3 +296,30 @@ def test_parse_output_refuses(tmp_path, out, format, word):
 def test_parse_output_refuses_no_path():
     with pytest.raises(ValueError, match="out=''"):
         parse_output("", None, "model.pth")
+
+
+# ---- floats, sequences ----
+
+
+@pytest.mark.parametrize(
+    ("event", "name"),
+    [((4, 8, 6), "images"), ((1, 8, 6), "images"), ((2, 30), "sequences"), ((9,), "points")],
+)
+def test_floats_are_written_as_they_are_and_shown(tmp_path, event, name):
+    items = 1000 + 7 * torch.randn(12, *event)
+    written = write(tmp_path / "s", FORMATS, items, reference=items + 1)
+    with np.load(tmp_path / "s" / "samples.npz") as arrays:
+        expected = items.movedim(1, -1) if len(event) == 3 else items
+        assert arrays[name].dtype == np.float32
+        assert (arrays[name] == expected.numpy()).all()
+    pngs = [path for path in written if path.suffix == ".png"]
+    assert len(pngs) == (13 if len(event) == 3 else 1)
+    for path in pngs:
+        assert np.asarray(Image.open(path)).std() > 0
+
+
+def test_pngs_of_floats_share_a_scale(tmp_path):
+    dark, light = torch.zeros(6, 1, 4, 4), torch.ones(6, 1, 4, 4)
+    write(tmp_path / "s", ["png"], torch.cat([light, dark]), reference=torch.cat([dark, light]))
+    shown = [np.asarray(Image.open(tmp_path / "s" / f"{i:06d}.png")) for i in (0, 11)]
+    assert [image.max() for image in shown] == [255, 0]

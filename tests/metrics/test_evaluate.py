@@ -36,16 +36,18 @@ from ddp.metrics.evaluate import (
     parse_metrics,
     to_json,
 )
-from ddp.metrics.features import FEATURES, Extractor, Space, pixel_features
+from ddp.metrics.features import FEATURES, Extractor, Space, kinds_of
+from ddp.metrics.fixed_features import pixel_features
 from ddp.metrics.likelihood_metrics import evaluate_ode_nll, evaluate_vlb
 from ddp.metrics.report import subject_tables, table_lines
 from ddp.metrics.sample_metrics import (
     RealFeatures,
     distance_ratio,
     evaluate_memorization,
-    evaluate_pixel_stats,
+    evaluate_value_stats,
     feature_metrics,
     feature_warnings,
+    fitting_distances,
     neighbor_measures,
 )
 from ddp.metrics.uncertainty import Estimate, bootstrap
@@ -283,11 +285,11 @@ def test_memorization_of_three_items_is_of_three_items(digits):
     assert "near_duplicates" not in results
 
 
-def test_memorization_and_pixel_stats_hold_little_more_than_the_data():
+def test_memorization_and_value_stats_hold_little_more_than_the_data():
     items = torch.randint(256, (3000, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
     reference = Reference(Dataset("x", items, items[:500]), EvaluateOptions(num_samples=500))
     candidate = candidate_of(items[:500])
-    for metric in (evaluate_memorization, evaluate_pixel_stats):
+    for metric in (evaluate_memorization, evaluate_value_stats):
         with LiveMemory() as memory:
             metric(candidate, reference, OPTIONS)
         blocks = 4 * 8 * BLOCK  # of distances, at most
@@ -319,14 +321,14 @@ def test_heldout_items_are_not_memorized(digits):
     assert results["copies"] < 5
 
 
-def test_pixel_stats_see_a_shift_of_color():
+def test_value_stats_see_a_shift_of_color():
     generator = torch.Generator().manual_seed(0)
     items = torch.randint(60, 160, (400, 3, 6, 6), generator=generator).byte()
     reference = Reference(Dataset("x", items[:200], items[200:]), EvaluateOptions(num_samples=200))
     changed = reference.items.float()
     changed[:, 1] += 20
     changed[:, 2] = (changed[:, 2] - 110) * 1.3 + 110
-    results = evaluate_pixel_stats(candidate_of(changed.round().byte()), reference, OPTIONS)
+    results = evaluate_value_stats(candidate_of(changed.round().byte()), reference, OPTIONS)
     assert results["channel 0"]["mean"]["difference"].value == 0
     assert results["channel 1"]["mean"]["difference"].value == pytest.approx(20)
     assert abs(results["channel 1"]["sd"]["difference"].value) < 0.1
@@ -334,15 +336,15 @@ def test_pixel_stats_see_a_shift_of_color():
     assert sd["difference"].value == pytest.approx(0.3 * sd["real"].value, rel=0.02)
     assert results["saturated"]["fraction"]["samples"].value == 0
     black = candidate_of(torch.zeros(200, 3, 6, 6).byte())
-    results = evaluate_pixel_stats(black, reference, OPTIONS)
+    results = evaluate_value_stats(black, reference, OPTIONS)
     assert results["saturated"]["fraction"]["samples"].value == 1
 
 
-def test_pixel_stats_error_of_a_standard_deviation():
+def test_value_stats_error_of_a_standard_deviation():
     points = torch.randn(5000, 2, generator=torch.Generator().manual_seed(0))
     dataset = Dataset("x", points[:2500], points[2500:])
     reference = Reference(dataset, EvaluateOptions(num_samples=2500))
-    results = evaluate_pixel_stats(candidate_of(points[:2500] * 1.5), reference, OPTIONS)
+    results = evaluate_value_stats(candidate_of(points[:2500] * 1.5), reference, OPTIONS)
     assert "saturated" not in results
     sd = results["channel 0"]["sd"]["samples"]
     assert abs(sd.value - 1.5) < 4 * sd.error
@@ -394,38 +396,42 @@ def test_a_checkpoint_of_other_data_is_refused():
 
 # ---- the registry ----
 
+PIXELS, POINTS = ("image", "pixels"), ("point", "low_dim")  # of kinds_of
+
 
 def test_parse_metrics_by_what_there_is():
-    by_default = parse_metrics(None, is_image=True, has_model=True)
+    by_default = parse_metrics(None, PIXELS, has_model=True)
     assert "points" not in by_default
     assert "inception" not in by_default
-    assert "classifier" not in parse_metrics(None, is_image=False, has_model=True)
-    of_samples = parse_metrics(None, is_image=True, has_model=False)
-    assert of_samples == ["classifier", "filters", "pixels", "memorization", "pixel_stats"]
-    assert parse_metrics("ode_nll, classifier,vlb", True, True) == ["classifier", "vlb", "ode_nll"]
+    assert "classifier" not in parse_metrics(None, POINTS, has_model=True)
+    of_samples = parse_metrics(None, PIXELS, has_model=False)
+    assert of_samples == ["classifier", "filters", "pixels", "memorization", "value_stats"]
+    of_model = parse_metrics("ode_nll, classifier,vlb", PIXELS, True)
+    assert of_model == ["classifier", "vlb", "ode_nll"]
 
 
 def test_parse_metrics_takes_old_names():
     of_images = "bound,exact,judge,memorisation,calibration"
-    names = ["classifier", "memorization", "pixel_stats", "vlb", "ode_nll"]
-    assert parse_metrics(of_images, is_image=True, has_model=True) == names
-    assert parse_metrics("plane", is_image=False, has_model=False) == ["points"]
+    names = ["classifier", "memorization", "value_stats", "vlb", "ode_nll"]
+    assert parse_metrics(of_images, PIXELS, has_model=True) == names
+    assert parse_metrics("plane", POINTS, has_model=False) == ["points"]
     assert set(OLD_METRICS.values()) <= set(METRICS)
 
 
 @pytest.mark.parametrize(
-    ("text", "is_image", "has_model", "reason"),
+    ("text", "kinds", "has_model", "reason"),
     [
-        ("fid", True, True, "expected some of"),
-        ("", True, True, "expected some of"),
-        ("points", True, True, "is for points"),
-        ("pixels", False, True, "is for images"),
-        ("vlb", True, False, "needs a model"),
+        ("fid", PIXELS, True, "expected some of"),
+        ("", PIXELS, True, "expected some of"),
+        ("points", PIXELS, True, "kind point, not pixels"),
+        ("pixels", POINTS, True, "kind pixels, not low_dim"),
+        ("pixels", ("image", "float_image"), True, "not float_image"),
+        ("vlb", PIXELS, False, "needs a model"),
     ],
 )
-def test_parse_metrics_refuses(text, is_image, has_model, reason):
+def test_parse_metrics_refuses(text, kinds, has_model, reason):
     with pytest.raises(ValueError, match=reason):
-        parse_metrics(text, is_image, has_model)
+        parse_metrics(text, kinds, has_model)
 
 
 def brightness(candidate, reference, options):
@@ -437,7 +443,7 @@ def brightness(candidate, reference, options):
 def evaluated(candidates, dataset, text, how=None, **options):
     """The evaluation of the metrics in `text`, as JSON; how: further arguments of evaluate."""
     options = EvaluateOptions(**options).resolve(dataset, candidates)
-    metrics = parse_metrics(text, dataset.is_image, candidates[0].model is not None)
+    metrics = parse_metrics(text, kinds_of(dataset), candidates[0].model is not None)
     return evaluate(candidates, Reference(dataset, options), metrics, options, **(how or {}))
 
 
@@ -457,7 +463,7 @@ def test_a_new_metric_is_one_function_and_one_entry(digits, monkeypatch):
     text = "\n".join(table_lines(subject_tables(subject, evaluation)))
     assert f"{value:.4f}" in text
     assert f"{value / 2:.4g}" in text
-    assert "brightness" in parse_metrics(None, is_image=False, has_model=False)
+    assert "brightness" in parse_metrics(None, POINTS, has_model=False)
 
 
 def test_a_new_feature_space_is_a_metric(digits, monkeypatch):
@@ -474,14 +480,14 @@ def test_a_new_feature_space_is_a_metric(digits, monkeypatch):
 
 def test_a_metric_with_too_few_items_is_left_out_and_said(digits):
     candidate = candidate_of(digits.train[:19])
-    evaluation = evaluated([candidate], digits, "pixels,pixel_stats")
-    assert set(candidate.results) == {"pixel_stats"}
+    evaluation = evaluated([candidate], digits, "pixels,value_stats")
+    assert set(candidate.results) == {"value_stats"}
     assert "pixels: not measured, 19 samples" in evaluation["warnings"][0]
 
 
 def test_given_samples_are_taken_from_everywhere(digits):
     candidate = candidate_of(digits.train[digits.train_labels.argsort()])
-    evaluated([candidate], digits, "pixel_stats", num_samples=50)
+    evaluated([candidate], digits, "value_stats", num_samples=50)
     assert len(candidate.samples) == 50
     assert not torch.equal(candidate.samples, digits.train[digits.train_labels.argsort()][:50])
 
@@ -489,7 +495,7 @@ def test_given_samples_are_taken_from_everywhere(digits):
 def test_data_of_another_training_is_said(digits):
     candidate = candidate_of(digits.train[:20])
     candidate.about["provenance"] = {"dataset": "digits", "fingerprint": "other"}
-    evaluation = evaluated([candidate], digits, "pixel_stats")
+    evaluation = evaluated([candidate], digits, "value_stats")
     assert "not the data that the model was trained on" in evaluation["warnings"][0]
 
 
@@ -497,9 +503,9 @@ def test_metrics_that_need_labels_are_left_out_where_there_are_none(digits):
     unlabeled = dataclasses.replace(digits, test_labels=None)
     conditional = candidate_of(digits.train[:40], num_classes=10)
     conditional.sampler_options = {}
-    evaluation = evaluated([conditional], unlabeled, "pixel_stats,loss,vlb")
+    evaluation = evaluated([conditional], unlabeled, "value_stats,loss,vlb")
     (subject,) = evaluation["subjects"]
-    assert set(subject) == {"name", "about", "pixel_stats"}
+    assert set(subject) == {"name", "about", "value_stats"}
     assert "test items have no labels" in " ".join(evaluation["warnings"])
 
 
@@ -508,7 +514,7 @@ def test_best_that_was_chosen_on_the_test_items_is_said(digits, val, is_said):
     data = dataclasses.replace(digits, val=val and digits.test)
     best = candidate_of(digits.train[:20])
     best.about["checkpoint"] = "/runs/digits/best.pth"
-    evaluation = evaluated([best], data, "pixel_stats")
+    evaluation = evaluated([best], data, "value_stats")
     assert ("chosen on the test items" in " ".join(evaluation["warnings"])) == is_said
     assert evaluation["dataset"]["best_chosen_on"] == ("test" if is_said else "val")
 
@@ -556,8 +562,8 @@ def test_every_figure_is_reported_as_it_comes(digits):
 
     candidates = [candidate_of(digits.train[:40]), candidate_of(digits.train[40:80])]
     candidates[1].name = "d"
-    evaluated(candidates, digits, "pixels,pixel_stats", {"report": report})
-    metrics = ("pixels", "pixel_stats")
+    evaluated(candidates, digits, "pixels,value_stats", {"report": report})
+    metrics = ("pixels", "value_stats")
     assert seen == [(name, metric) for name in "cd" for metric in metrics]
 
 
@@ -565,7 +571,9 @@ def feature_warnings_of(space, count, dimension, split="test"):
     items = torch.zeros(count, 2)
     options = EvaluateOptions(num_samples=count, reference=split)
     reference = Reference(Dataset("x", items, items), options)
-    reference.spaces[space] = RealFeatures(Extractor(None), torch.zeros(1, dimension), {})
+    distances = fitting_distances(PIXELS, dimension)
+    real = RealFeatures(Extractor(None), torch.zeros(1, dimension), {}, distances)
+    reference.spaces[space] = real
     return " ".join(feature_warnings(space, reference, options))
 
 

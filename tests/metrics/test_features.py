@@ -16,19 +16,18 @@ from torch import nn
 from ddp.data import load_dataset
 from ddp.data.dataset import permutation
 from ddp.io.checkpoint import read_archive
-from ddp.metrics import features
+from ddp.metrics import features, fixed_features
 from ddp.metrics.distances import frechet_distance, prdc
 from ddp.metrics.features import (
     FEATURES,
     Extractor,
     Space,
-    filter_features,
     inception,
     load_or_train_classifier,
-    pixel_features,
     rotation_task,
     train_classifier,
 )
+from ddp.metrics.fixed_features import filter_features, pixel_features, value_features
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +47,9 @@ def test_pixel_features_average_large_images_down():
     assert pixel_features(gray).unique() == pytest.approx(0.2)
 
 
-def test_pixel_features_of_points_are_the_points():
-    assert pixel_features(torch.ones(5, 2)).tolist() == [[1.0, 1.0]] * 5
-    assert pixel_features(torch.ones(5, 2)).dtype == torch.float64
+def test_value_features_of_points_are_the_points():
+    assert value_features(torch.ones(5, 2)).tolist() == [[1.0, 1.0]] * 5
+    assert value_features(torch.ones(5, 2)).dtype == torch.float64
 
 
 def test_classifier_of_digits_reads_digits(classifier, digits):
@@ -265,7 +264,7 @@ def test_filters_rank_photographs(shared_data):
 def test_filters_take_images_of_any_size(shape):
     items = torch.randint(256, (7, *shape), generator=torch.Generator().manual_seed(0)).byte()
     values = filter_features(items)
-    assert values.shape == (7, 5 * shape[0] + 3 * features.FILTERS)
+    assert values.shape == (7, 5 * shape[0] + 3 * fixed_features.FILTERS)
     assert values.isfinite().all()
     assert torch.equal(filter_features(items[:2]), values[:2])
 
@@ -273,7 +272,7 @@ def test_filters_take_images_of_any_size(shape):
 @pytest.mark.parametrize("function", [pixel_features, filter_features])
 def test_features_are_made_of_a_part_at_a_time(function, monkeypatch):
     items = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8)
-    monkeypatch.setattr(features, "PART", 20)
+    monkeypatch.setattr(fixed_features, "PART", 20)
     with LiveMemory() as memory:
         values = function(items)
     assert memory.peak < 2.1 * values.nbytes + items.nbytes

@@ -39,7 +39,14 @@ def evaluation_of(*subjects, comparison=()):
         about = {"checkpoint": "/a&b.pth", "step": 3}
         named.append({"name": f"{HOSTILE}{i}", "about": about, **results})
     return {
-        "dataset": {"name": HOSTILE, "event": [1, 8, 8], "classes": ["<0>"], "train": 9, "test": 5},
+        "dataset": {
+            "name": HOSTILE,
+            "event": [1, 8, 8],
+            "classes": ["<0>"],
+            "train": 9,
+            "test": 5,
+            "standardized": False,
+        },
         "recipe": {
             "seed": 0,
             "command": "python evaluate.py --checkpoint '<b>'",
@@ -160,7 +167,7 @@ def test_a_ratio_that_other_numbers_forbid_is_left_empty():
 
 
 def test_table_lines_have_a_row_a_line():
-    evaluation = evaluation_of({"pixel_stats": {"channel 0": {"mean": {"samples": CELL}}}})
+    evaluation = evaluation_of({"value_stats": {"channel 0": {"mean": {"samples": CELL}}}})
     lines = table_lines(subject_tables(evaluation["subjects"][0], evaluation))
     assert "   channel 0, mean  " + error_text(CELL) in lines
 
@@ -209,7 +216,7 @@ def test_numbers_outlive_figures_that_fail(tmp_path, monkeypatch):
         raise ValueError("no such font")
 
     monkeypatch.setattr("ddp.metrics.report.candidate_figures", fail)
-    evaluation = evaluation_of({"pixel_stats": {"channel 0": {"mean": {"samples": CELL}}}})
+    evaluation = evaluation_of({"value_stats": {"channel 0": {"mean": {"samples": CELL}}}})
     write_report(tmp_path, evaluation, [Candidate("c", {})], None)
     warnings = json.loads((tmp_path / "evaluation.json").read_text())["warnings"]
     assert warnings[-1] == "c: the figures failed: no such font"
@@ -259,7 +266,7 @@ class Tags(HTMLParser):
 
 def test_a_page_needs_no_network_and_escapes_what_it_is_given():
     row = {"samples": CELL, "real": CELL, "difference": CELL}
-    evaluation = evaluation_of({"pixel_stats": {HOSTILE: {"mean": row}}})
+    evaluation = evaluation_of({"value_stats": {HOSTILE: {"mean": row}}})
     page = html_page(evaluation, [{"a <caption>": Image.new("L", (4, 4))}])
     assert HOSTILE not in page
     assert "<b>" not in page
@@ -276,7 +283,7 @@ def test_a_page_needs_no_network_and_escapes_what_it_is_given():
 
 
 def test_a_page_takes_names_with_a_dollar():
-    evaluation = evaluation_of({"pixel_stats": {"$5 ${title}": {"mean": {"samples": CELL}}}})
+    evaluation = evaluation_of({"value_stats": {"$5 ${title}": {"mean": {"samples": CELL}}}})
     evaluation["dataset"]["name"] = "${body} $x"
     page = html_page(evaluation, [{"$a$ caption": Image.new("L", (4, 4))}])
     for text in ("${body} $x", "$a$ caption", "$5 ${title}"):

@@ -154,6 +154,27 @@ def test_train_speed_is_of_images_layer_by_layer(tmp_path):
     assert "compile" in refused("train_speed.py", "--compile", cwd=tmp_path)
 
 
+@pytest.mark.slow
+def test_threads(tmp_path):
+    """Every setting works when its turn comes, several processes under torchrun, too."""
+    flags = [*TINY, "--rounds", 1, "--seconds", 0.01, "--env", "OMP_WAIT_POLICY=passive"]
+    out = run("threads.py", *flags, cwd=tmp_path)
+    rows = read_json(tmp_path / "threads.json")["rows"]
+    names = {row["setting"] for row in rows}
+    cores = os.cpu_count()
+    assert {"1 thread", f"{cores} threads, OMP_WAIT_POLICY=passive"} < names
+    assert len(rows) == 2 * 2 * len(names)  # works, alone and not
+    assert all(row["items_per_second"] > 0 for row in rows)
+    table = out[out.index("| items a second |") :]
+    assert all(f"| {name} |" in table for name in names)
+    assert "(1.00)" in table  # the first setting, of itself
+
+
+def test_threads_tells_what_ails_a_worker(tmp_path):
+    flags = [*TINY, "--rounds", 1, "--env", "--dataset", tmp_path / "nothing"]
+    assert "has ended" in refused("threads.py", *flags, cwd=tmp_path, code=1)
+
+
 # ---- baselines ----
 
 

@@ -13,11 +13,12 @@ import torch
 from conftest import ROOT
 from helpers import DIGITS, SHORT, execute, read_arrays, refused, run
 
-from ddp.config import OLD_NAMES, OLD_VALUES, Config
+from ddp.config import Config
 from ddp.io import cli
 from ddp.io.checkpoint import read_checkpoint
 from ddp.io.terminal import Stopped
-from ddp.options import SamplerOptions
+from ddp.options import SamplerOptions, count_or_auto
+from ddp.presets import OLD_NAMES, OLD_VALUES
 from ddp.sampling import SAMPLERS
 
 SCRIPTS = ("train", "generate", "evaluate")
@@ -227,7 +228,8 @@ def test_every_field_is_a_flag_that_knows_its_type(options_class):
     for field in options_class.__dataclass_fields__.values():
         kind = field.metadata["kind"]
         choices = field.metadata["choices"]
-        values = {bool: [], int: ["3"], float: ["0.5"], str: ["x"]}.get(kind, ["8,4"])
+        values = {bool: [], int: ["3"], float: ["0.5"], str: ["x"], count_or_auto: ["3"]}
+        values = values.get(kind, ["8,4"])
         if choices:
             values = [str(next(iter(choices)))]
         if field.metadata["bounds"].get("count") == 2:
@@ -235,7 +237,8 @@ def test_every_field_is_a_flag_that_knows_its_type(options_class):
         if kind.__name__ == "image_size":
             values = ["8x4"]
         parsed_values = vars(parser.parse_args([f"--{field.name}", *values]))
-        expected = {int: 3, float: 0.5, str: "x", bool: True}.get(kind, [8, 4])
+        expected = {int: 3, float: 0.5, str: "x", bool: True, count_or_auto: 3}
+        expected = expected.get(kind, [8, 4])
         if choices:
             expected = next(iter(choices))
         if field.metadata["bounds"].get("count") == 2:

@@ -40,7 +40,7 @@ def test_evaluate_measures_a_checkpoint(trained, tmp_path, name):
     evaluation, text = evaluated(*flags, cwd=tmp_path)
     recipe = evaluation["recipe"]
     (subject,) = evaluation["subjects"]
-    assert evaluation["schema"] == 4
+    assert evaluation["schema"] == 5
     assert evaluation["dataset"]["best_chosen_on"] == ("test" if name == "digits" else "val")
     assert recipe["unit"] == ("bits/dim" if name == "digits" else "nats")
     assert (recipe["num_samples"], recipe["vlb_items"], recipe["nll_items"]) == (30, 30, 4)
@@ -105,11 +105,11 @@ def test_evaluate_does_not_depend_on_the_batch(trained, tmp_path):
 def test_samples_are_measured_as_their_model_is(trained, tmp_path):
     checkpoint = ["--checkpoint", trained / "moons" / "model.pth", "--steps", 5, "--seed", 4]
     run("generate.py", *checkpoint, "--num_samples", 50, "--out", "s.npz", cwd=tmp_path)
-    flags = ["--num_samples", 50, "--metrics", "points,pixel_stats"]
+    flags = ["--num_samples", 50, "--metrics", "points,value_stats"]
     ours, _ = evaluated(*checkpoint, *flags, cwd=tmp_path, out="ours")
     samples = ["--samples", "s.npz", "--dataset", "moons"]
     theirs, _ = evaluated(*samples, *flags, cwd=tmp_path, out="theirs")
-    for name in ("points", "pixel_stats"):
+    for name in ("points", "value_stats"):
         assert ours["subjects"][0][name] == theirs["subjects"][0][name]
 
 
@@ -227,7 +227,7 @@ LINES = [
     "--sampler heun --s_churn 4 --threshold dynamic --weights raw --device cpu --data_dir d",
     "--cfg_scale 2 --guidance_interval -3 4 --guidance_rescale 0.5 --metrics classifier",
     "--guide_checkpoint {run} --cfg_scale 2 --precision bf16 --metrics memorization",
-    "--metrics pixels,ode_nll --reference train --dequant_samples 2",
+    "--metrics pixels,ode_nll --reference train --dequant_samples 2 --threads 1",
 ]
 
 
@@ -371,7 +371,7 @@ def test_missing_inception_is_one_line(files, tmp_path, monkeypatch):
 
 def test_results_never_lie_inside_the_dataset(files, tmp_path):
     photos = shutil.copytree(files["images"], tmp_path / "photos")
-    flags = ["--samples", photos / "red", "--dataset", photos, "--metrics", "pixel_stats"]
+    flags = ["--samples", photos / "red", "--dataset", photos, "--metrics", "value_stats"]
     for flag in (photos / "e", photos / "red" / "e"):
         assert "inside the data" in refused("evaluate.py", *flags, "--out", flag, cwd=tmp_path)
     for cwd in (tmp_path, photos, photos / "red"):
@@ -421,10 +421,10 @@ def test_a_path_in_a_file_is_not_followed(files, tmp_path):
     flags = ["--dataset", files["images"], "--image_size", "10x14"]
     run("train.py", *SHORT, *flags, cwd=tmp_path)
     (folder,) = (tmp_path / "checkpoints").iterdir()
-    own = ["--checkpoint", folder, "--metrics", "pixel_stats", "--steps", 2]
+    own = ["--checkpoint", folder, "--metrics", "value_stats", "--steps", 2]
     run("evaluate.py", *own, cwd=tmp_path)
     shutil.copy(folder / "last.pth", tmp_path / "theirs.pth")
-    theirs = ["--checkpoint", "theirs.pth", "--metrics", "pixel_stats", "--steps", 2]
+    theirs = ["--checkpoint", "theirs.pth", "--metrics", "value_stats", "--steps", 2]
     assert "dataset" in refused("evaluate.py", *theirs, cwd=tmp_path)
     evaluated(*theirs, "--dataset", files["images"], cwd=tmp_path)
 

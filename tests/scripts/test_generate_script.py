@@ -126,7 +126,7 @@ def test_points_are_shown_alone_where_their_data_may_not_be_loaded(trained, tmp_
     def refuse(*arguments, **options):
         raise ValueError("set dataset")
 
-    monkeypatch.setattr("generate.data_source", refuse)
+    monkeypatch.setattr("ddp.io.sample_batches.data_source", refuse)
     flags = ["--checkpoint", trained / "moons" / "model.pth", "--steps", 2, "--out", "a.png"]
     assert "without the data (set dataset)" in run("generate.py", *flags, cwd=tmp_path)
     assert Image.open(tmp_path / "a.png").width < 500  # one panel
@@ -257,7 +257,7 @@ SAMPLING_LINES = [
     *(f"--sampler {name} --steps 3" for name in SAMPLERS),
     *(f"--spacing {name} --steps 3 --sampler heun --s_churn 2" for name in SPACINGS),
     *(f"--threshold {name} --weights raw --device cpu --seed 3 --steps 2" for name in THRESHOLDS),
-    "--eta 0.3 --steps 3 --batch_size 2 --label 3",
+    "--eta 0.3 --steps 3 --batch_size 2 --label 3 --threads 1",
     "--cfg_scale 2 --guidance_interval -3 4 --guidance_rescale 0.5 --threshold dynamic --steps 4",
     "--cfg_scale 1.5 --guide_checkpoint {run} --steps 3 --precision bf16",
 ]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from helpers import execute, read_arrays, refused, run
 
-from ddp.config import PRESETS
+from ddp.augment import AUGMENTATIONS
+from ddp.blocks import ACTIVATIONS, NORMS
 from ddp.data import DATASETS
 from ddp.editing import EDITS
 from ddp.io.checkpoint import read_checkpoint
@@ -19,7 +20,8 @@ from ddp.metrics.evaluate import METRICS
 from ddp.metrics.features import FEATURES
 from ddp.model import PREDICTIONS
 from ddp.noise_dist import NOISE_DISTS
-from ddp.reverse import ACTIVATIONS, NETWORKS, NORMS
+from ddp.presets import PRESETS
+from ddp.reverse import NETWORKS
 from ddp.sampling import SAMPLERS, THRESHOLDS
 from ddp.schedule import SCHEDULES, SPACINGS
 from ddp.training import LR_SCHEDULES
@@ -32,6 +34,7 @@ REGISTRIES = {
     "weighting": WEIGHTINGS,
     "loss": LOSSES,
     "network": NETWORKS,
+    "augment": AUGMENTATIONS,
     "norm": NORMS,
     "activation": ACTIVATIONS,
     "lr_schedule": LR_SCHEDULES,
@@ -55,7 +58,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ddp.config import PRESETS
+from ddp.augment import AUGMENTATIONS, Augmentation
+from ddp.presets import PRESETS
 from ddp.data import DATASETS, Dataset
 from ddp.editing import EDITS, Edit
 from ddp.loss import LOSSES, WEIGHTINGS
@@ -65,7 +69,8 @@ from ddp.metrics.features import FEATURES, Extractor, Space
 from ddp.metrics.uncertainty import Estimate
 from ddp.model import PREDICTIONS
 from ddp.noise_dist import NOISE_DISTS, NoiseDist
-from ddp.reverse import ACTIVATIONS, NETWORKS, NORMS
+from ddp.blocks import ACTIVATIONS, NORMS
+from ddp.reverse import NETWORKS
 from ddp.sampling import SAMPLERS, THRESHOLDS, Sampler, ddim
 from ddp.schedule import SCHEDULES, SPACINGS, ScheduleEntry
 from ddp.training import LR_SCHEDULES
@@ -122,6 +127,11 @@ class OwnNetwork(nn.Module):
     def forward(self, x_t, log_snr, label=None):
         level = log_snr.reshape(-1, 1, 1, 1).expand(len(x_t), 1, *x_t.shape[2:]) / 10
         return self.layers(torch.cat([x_t, level], dim=1))
+
+
+def own_augment(x0, seed, k, positions):
+    used("augment")
+    return x0.transpose(2, 3), None
 
 
 def own_norm(channels, dims):
@@ -184,6 +194,7 @@ PREDICTIONS["own_prediction"] = own_prediction
 WEIGHTINGS["own_weighting"] = own_weighting
 LOSSES["own_loss"] = own_loss
 NETWORKS["own_network"] = OwnNetwork
+AUGMENTATIONS["own_augment"] = Augmentation(own_augment)
 NORMS["own_norm"] = own_norm
 ACTIVATIONS["own_activation"] = own_activation
 LR_SCHEDULES["own_lr_schedule"] = own_lr_schedule
@@ -199,7 +210,8 @@ FEATURES["own_space"] = Space(own_space, "image")
 TRAIN = (
     "--dataset own_dataset --batch_size 8 --max_steps 3 --save_every 3 --schedule own_schedule "
     "--noise_dist own_noise_dist --prediction own_prediction --weighting own_weighting "
-    "--loss own_loss --norm own_norm --activation own_activation --lr_schedule own_lr_schedule"
+    "--loss own_loss --norm own_norm --activation own_activation --lr_schedule own_lr_schedule "
+    "--augment own_augment"
 )
 
 
@@ -252,7 +264,7 @@ def used(tmp_path, monkeypatch):
 def test_train_uses_what_a_plugin_adds(own):
     assert own.used == {
         *("dataset", "schedule", "noise_dist", "prediction", "weighting", "loss", "network"),
-        *("norm", "activation", "lr_schedule"),
+        *("augment", "norm", "activation", "lr_schedule"),
     }
     assert "80 train and 40 test items" in own.text
     config = read_checkpoint(own.checkpoint)["config"]

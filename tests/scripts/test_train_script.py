@@ -218,7 +218,7 @@ def assert_equal(a, b, place):
     [
         # across the end of an epoch: the 1,437 digits are passed within the 12th batch, of 16
         "--noise_dist importance --grad_accumulation 2 --class_cond --dropout 0.1 "
-        "--batch_size 128 --noise_copies 1",
+        "--batch_size 128 --noise_copies 1 --augment edm",
         "--schedule learned --lr_schedule linear --warmup 2",
         "--dataset moons --optimizer adamw --norm group",
     ],
@@ -632,9 +632,10 @@ TRAIN_LINES = [
     "--device cpu --precision fp32 --keep_checkpoints 0 --network mlp",
     "--channels 3 --image_size 8x10 --test_fraction 0.5 --label_dropout 0.2 --class_cond "
     "--channel_mult 1,2 --patch_size 2 --attention_resolutions 2 --dataset {images} "
-    "--weighting v --loss l1 --activation relu",
+    "--weighting v --loss l1 --activation relu --augment edm",
     "--schedule scaled_linear --zero_terminal_snr --noise_dist uniform --weighting p2 "
-    "--loss huber --norm group --activation silu --dropout 0.1 --init xavier --network unet",
+    "--loss huber --norm group --activation silu --dropout 0.1 --init xavier --network unet "
+    "--augment flip",
     "--noise_dist importance --weighting vlb --optimizer adamw --lr 0.01 --lr_schedule linear "
     "--warmup 2 --noise_copies 2 --weight_decay 0 --grad_clip 0 --grad_accumulation 2 "
     "--ema_decay 0.9",
@@ -646,7 +647,7 @@ TRAIN_LINES = [
     "--schedule sigmoid --timesteps 20 --prediction x0 --weighting uniform "
     "--loss mse --activation leaky_relu --negative_slope 0.2",
     "--schedule cosine --timesteps 20 --prediction eps --weighting snr --noise_dist stratified",
-    "--weighting min_snr --norm none --init default --lr_schedule constant",
+    "--weighting min_snr --norm none --init default --lr_schedule constant --augment none",
 ]
 
 
