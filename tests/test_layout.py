@@ -8,21 +8,37 @@ from conftest import ROOT
 
 # In the order in which a newcomer reads them; a module imports only modules above it.
 CORE = [
-    *("schedule", "rng", "noise_dist", "forward", "reverse", "model", "loss", "sampling"),
-    *("optim", "learned_schedule", "validation", "planning", "training"),
-    *("options", "config", "editing"),
+    *("schedule", "rng", "augment", "noise_dist", "forward", "blocks", "reverse", "units", "model"),
+    *("loss", "sampling", "optim", "rendezvous", "distributed", "shards", "learned_schedule"),
+    "validation",
+    *("planning", "threads", "training", "options", "presets", "config", "editing"),
 ]
 DRAWERS = [
     "io.files",
-    *("data.dataset", "data.files", "data.toy", "data.vision", "data.pixels", "data.layout"),
-    *("data.folder", "data", "data.arrays"),
-    *("io.edit_inputs", "io.device", "io.figures"),
+    *(
+        "data.mapped",
+        "data.dataset",
+        "data.files",
+        "data.zip_files",
+        "data.listing",
+        "data.toy",
+        "data.vision",
+        "data.pixels",
+        "data.layout",
+        "data.splits",
+        "data.npy",
+        "data.array_sources",
+        "data.array_dataset",
+    ),
+    *("data.decode", "data.cache", "data.folder", "data", "data.arrays"),
+    *("io.edit_inputs", "io.device", "io.figures", "io.item_figures"),
     *("io.archive", "io.schema", "io.checkpoint", "io.memory"),
     *("metrics.ode", "metrics.likelihood", "metrics.distances", "metrics.uncertainty"),
-    *("metrics.features", "metrics.candidate", "metrics.likelihood_metrics"),
+    *("metrics.fixed_features", "metrics.features", "metrics.candidate"),
+    "metrics.likelihood_metrics",
     *("metrics.sample_metrics", "metrics.evaluate", "metrics.subjects", "metrics.report"),
-    *("io.run_lock", "io.run_dir", "io.run_writer", "io.progress"),
-    *("io.writer", "io.diagnostics", "io.terminal", "io.cli"),
+    *("io.run_lock", "io.run_dir", "io.run_writer", "io.progress", "io.setup"),
+    *("io.sample_batches", "io.writer", "io.diagnostics", "io.terminal", "io.cli"),
 ]
 ORDER = CORE + DRAWERS
 DOCSTRING_ONLY = ["metrics", "io"]  # __init__.py of a drawer that offers no names
