@@ -199,13 +199,14 @@ def in_order(compute, items, everywhere=True):
 
     What compute returns lies on the CPU. everywhere=False: only the main process yields."""
     items = iter(items)
-    while turn := list(itertools.islice(items, WORLD)):
-        result = compute(turn[RANK]) if len(turn) > RANK else None
-        results = [result]
-        if WORLD > 1:
+    try:
+        while turn := list(itertools.islice(items, WORLD)):
+            result = compute(turn[RANK]) if len(turn) > RANK else None
             results = gather(result, everywhere)
-        if everywhere or is_main():
-            yield from results[: len(turn)]
+            if everywhere or is_main():
+                yield from results[: len(turn)]
+    finally:
+        del items  # closes a progress bar before an error is shown
 
 
 def gather(value, everywhere=True):

@@ -105,6 +105,7 @@ class Trainer:
         """Take one optimizer step, at lr_progress in [0, 1] of the run; return its StepStats."""
         config = self.config
         lr = self.set_lr(lr_progress)
+        count = config.batch_size * config.noise_copies  # items of a batch, of all parts
         self.model.train()
         for part in self.sums.parts():  # those of this process, each on its own
             for i in range(config.grad_accumulation):
@@ -115,13 +116,13 @@ class Trainer:
                         torch.manual_seed(derive_seed(config.seed, "dropout", number))
                     x0, label = self.training_batch(k, config.batch_size, config.noise_copies, part)
                     x0, augment = self.augmented(k, x0, part)  # augment: None, or (b, 9)
-                    log_snr, weight = self.sample_log_snr(k, part)  # (b,), (b,)
+                    log_snr, weight = self.sample_log_snr(k, count, part)  # (b,), (b,)
                     eps = self.eps(k, x0, part)  # (b, *event)
                     x_t = q_sample(x0, log_snr, eps)  # (b, *event)
                 with record_function("part forward"), self.autocast():
                     x0_hat = self.model.denoise(x_t, log_snr, label, augment)  # (b, *event)
                 loss = denoising_loss(x0_hat, x0, log_snr, config.weighting, config.loss)  # (b,)
-                self.backward((weight * loss).sum())
+                self.backward((weight * loss).sum(), count)
                 self.sums.losses[i, part] = (weight * loss).detach()
                 if self.model.schedule.network is not None:  # the loss is the whole bound
                     ends = backward_through_schedule(self, k, part, x0, log_snr, loss)
@@ -129,9 +130,8 @@ class Trainer:
         losses = self.sums.total()  # (batches, B), and the gradients of all parts
         self.update_noise_dist(losses)
         grad_norm = self.optimizer_step()
-        loss = (losses.sum(dim=1) / losses.numel()).sum()
-        items = self.step * config.grad_accumulation * config.batch_size
-        return StepStats(self.step, items / len(self.dataset.train), loss, grad_norm, lr)
+        epoch = self.step * config.grad_accumulation * config.batch_size / len(self.dataset.train)
+        return StepStats(self.step, epoch, losses.mean(), grad_norm, lr)
 
     def set_lr(self, lr_progress):
         """Set the learning rate of every parameter group, and return that of AdamW."""
@@ -177,9 +177,9 @@ class Trainer:
         log_snr = log_snr.to(self.device, non_blocking=True)
         return log_snr, weight.to(self.device, non_blocking=True)
 
-    def sample_log_snr(self, k, part=EVERY):
+    def sample_log_snr(self, k, count, part=EVERY):
         """Return the noise levels of a part of batch k and their weights, (b,), as constants."""
-        log_snr, weight = self.draw_levels(k, self.sums.losses.shape[1])
+        log_snr, weight = self.draw_levels(k, count)  # (count,), of the whole batch
         trained = self.model.schedule.network is not None  # then log_snr.grad is wanted
         return log_snr[part].detach().requires_grad_(trained), weight[part].detach()
 
@@ -190,9 +190,9 @@ class Trainer:
         return normal(self.config.seed, f"{purpose}_eps", k, indices, self.model.event)
 
     @record_function("part backward")
-    def backward(self, loss_sum):
+    def backward(self, loss_sum, count):
         """Add the gradients of a part's share of the mean loss over all batches of the step."""
-        self.scaler.scale(loss_sum * (1 / self.sums.losses.numel())).backward()
+        self.scaler.scale(loss_sum * (1 / (count * self.config.grad_accumulation))).backward()
 
     def update_noise_dist(self, losses):
         """Let a noise distribution that learns know the step's losses, (batches, B)."""

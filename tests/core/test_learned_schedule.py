@@ -12,6 +12,7 @@ from ddp.forward import q_sample
 from ddp.learned_schedule import backward_through_schedule, bound_terms
 from ddp.loss import denoising_loss
 from ddp.rng import normal
+from ddp.training import EVERY
 
 DATA = Gaussian(0.3, 0.5, (2,))
 
@@ -24,7 +25,7 @@ def learned_trainer(**fields):
 def gaussian_trainer(**fields):
     """Return the same with the exact denoiser of DATA in the network's place."""
     trainer = learned_trainer(**fields)
-    trainer.model.denoise = DATA.denoise
+    trainer.model.denoise = lambda x_t, log_snr, *_: DATA.denoise(x_t, log_snr)
     trainer.ema.denoise = DATA.denoise
     return trainer
 
@@ -42,7 +43,7 @@ def schedule_gradients(trainer, k, x0):
     log_snr, weight = trainer.sample_log_snr(k, len(x0))
     loss = losses_at(trainer, k, x0, log_snr)
     trainer.backward((weight * loss).sum(), len(x0))
-    backward_through_schedule(trainer, k, x0, log_snr, loss)
+    backward_through_schedule(trainer, k, EVERY, x0, log_snr, loss)
     network = trainer.model.schedule.network
     return {name: p.grad.clone() for name, p in network.named_parameters()}
 
@@ -163,7 +164,7 @@ def test_steps_loss_is_the_bound(dataset):
         diffusion += (weight * losses_at(trainer, k, x0, log_snr)).mean().item() / 2
         some = x0[:64]
         eps = normal(trainer.config.seed, "endpoint", k, torch.arange(len(some)), x0.shape[1:])
-        terms = bound_terms(trainer.model.schedule, some, eps, trainer.dataset.is_image)
+        terms = bound_terms(trainer.model.schedule, some, eps, trainer.dataset.is_pixels)
         ends += terms.mean().item() / 2
     stats = trainer.train_step(0.0)
     assert stats.loss.item() == pytest.approx(diffusion + ends, rel=1e-3)

@@ -114,7 +114,7 @@ def test_a_part_has_the_same_items_and_noise_as_in_the_whole_batch():
     k = 5
     x0, label = trainer.training_batch(k, 16, 2)
     augmented, told = trainer.augmented(k, x0)
-    log_snr, weight = trainer.sample_log_snr(k)
+    log_snr, weight = trainer.sample_log_snr(k, 32)
     eps = trainer.eps(k, x0)
     assert len(x0) == len(label) == len(log_snr) == len(eps) == 32
     for p in range(SHARDS):
@@ -125,7 +125,7 @@ def test_a_part_has_the_same_items_and_noise_as_in_the_whole_batch():
         its_x0, its_told = trainer.augmented(k, its_x0, part)
         assert torch.equal(its_x0, augmented[part])
         assert torch.equal(its_told, told[part])
-        its_log_snr, its_weight = trainer.sample_log_snr(k, part)
+        its_log_snr, its_weight = trainer.sample_log_snr(k, 32, part)
         assert torch.equal(its_log_snr, log_snr[part])
         assert torch.equal(its_weight, weight[part])
         assert torch.equal(trainer.eps(k, its_x0, part), eps[part])
@@ -134,7 +134,9 @@ def test_a_part_has_the_same_items_and_noise_as_in_the_whole_batch():
 def test_the_levels_of_each_part_are_stratified():
     trainer = tiny_trainer(schedule="flow", timesteps=0, shards=SHARDS)
     for p in range(SHARDS):
-        log_snr, _ = trainer.sample_log_snr(3, slice(p, None, SHARDS))
+        log_snr, _ = trainer.sample_log_snr(
+            3, trainer.config.batch_size * trainer.config.noise_copies, slice(p, None, SHARDS)
+        )
         t = torch.sigmoid(-log_snr / 2)  # of the flow schedule, log_snr = 2 log((1 - t) / t)
         assert (t * len(t)).floor().tolist() == list(range(len(t)))  # one in each stratum
 

@@ -121,7 +121,7 @@ HELD = {
 }
 # fields that are no matter of the trainer, but of who builds it or writes its files
 ELSEWHERE = {"planned_steps", "device", "compile", "name", "data_dir", "out_dir"}
-ELSEWHERE |= {"threads", "cache", "save_every", "keep_checkpoints", "sample_every"}
+ELSEWHERE |= {"threads", "cache", "labels", "save_every", "keep_checkpoints", "sample_every"}
 
 
 def ema_is_the_model(trainer):
@@ -639,7 +639,7 @@ def test_loss_with_weighting_vlb_is_the_vlb(fields, noise_dist):
     with torch.no_grad():
         losses = trainer.ema_loss(x0, None, 0, "test")
         if schedule.network is not None:  # the bound is told: leave one of its terms
-            losses -= bound_terms(schedule, x0, trainer.eps(0, x0, "test"), discrete=False)
+            losses -= bound_terms(schedule, x0, trainer.eps(0, x0, purpose="test"), discrete=False)
     if schedule.table is None:
         t = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
         exact = (rate(schedule.log_snr(t)) * schedule.neg_dlogsnr_dt(t)).mean()

@@ -304,7 +304,7 @@ REFUSED = {
     "--checkpoint {run} --dataset moons": "trained on",
     "--samples one.npy --dataset digits": "one holds 1; at least 2 are needed",
     "--checkpoint {run} --metrics fid": "expected some of",
-    "--checkpoint {run} --metrics points": "for points",
+    "--checkpoint {run} --metrics points": "of the kind point",
     "--checkpoint {run} --out full": "not overwritten",
     "--checkpoint {run} --num_samples 1": "num_samples=1",
     "--checkpoint {run} --nll_items 0": "nll_items=0",

@@ -637,10 +637,11 @@ TRAIN_LINES = [
     "--loss huber --norm group --activation silu --dropout 0.1 --init xavier --network unet "
     "--augment flip",
     "--noise_dist importance --weighting vlb --optimizer adamw --lr 0.01 --lr_schedule linear "
+    "--threads 1 --shards 2 --reduce fast --checkpoint_activations "
     "--warmup 2 --noise_copies 2 --weight_decay 0 --grad_clip 0 --grad_accumulation 2 "
     "--ema_decay 0.9",
     "--epochs 0.02 --max_minutes 1 --save_every 1 --keep_checkpoints 1 --sample_every 1",
-    "--schedule learned --optimizer muon --lr_schedule cosine",
+    "--schedule learned --optimizer muon --lr_schedule cosine --reduce tree",
     "--schedule karras --noise_dist edm --weighting edm --norm batch --init kaiming",
     "--schedule linear --noise_dist lognormal --zero_terminal_snr --timesteps 20 "
     "--weighting truncated_snr --prediction v --precision bf16",
@@ -663,7 +664,7 @@ def test_train_and_generate_with_every_option(files, tmp_path, line):
 
 def test_every_train_option_and_choice_is_used_by_a_test():
     elsewhere = {"--batch_size", "--resume", "--dry_run", "--max_steps", "--profile", "--compile"}
-    elsewhere |= {"--new_data"}
+    elsewhere |= {"--new_data", "--labels", "--cache"}
     elsewhere |= {"--plugin"}  # by test_registries.py
     text = execute("train.py", "--help", cwd=ROOT).out
     options = {"--" + name.replace("-", "_") for name in re.findall(r"--([a-z][\w-]*)", text)}
