@@ -13,6 +13,7 @@ from ddp.io import cli
 from ddp.io.cli import add_flag, reject_if
 from ddp.io.device import select_device, set_tf32
 from ddp.io.files import atomic_dir, require_absent
+from ddp.io.progress import loading_bar
 from ddp.io.run_dir import data_source
 from ddp.metrics.candidate import OLD_OPTIONS, EvaluateOptions, Reference
 from ddp.metrics.evaluate import evaluate, known_metrics, metric_names, parse_metrics
@@ -83,7 +84,6 @@ def find_data(args, candidate):
 
 def tell(line):
     tqdm.write(line)  # above a progress bar
-    sys.stdout.flush()
 
 
 def main(args):
@@ -91,7 +91,7 @@ def main(args):
     subjects = parse_subjects(args)
     device = select_device(args.device)
     set_tf32(False)
-    how = (partial(find_data, args), given(args, SamplerOptions), args.weights, device, tqdm)
+    how = (partial(find_data, args), given(args, SamplerOptions), args.weights, device, loading_bar)
     candidates, dataset, source = load_candidates(subjects, *how)
     out = free_place(subjects, source["name"], args.out)
     lines = [line for candidate in candidates for line in candidate.about.get("summary", [])]

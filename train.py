@@ -4,8 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ddp.config import Config
 from ddp.data import load_dataset
 from ddp.distributed import main_first, on_main
@@ -15,7 +13,7 @@ from ddp.io.cli import add_flag
 from ddp.io.device import select_device, select_precision
 from ddp.io.diagnostics import dry_run, profile
 from ddp.io.memory import fit_shards
-from ddp.io.progress import Progress, plan
+from ddp.io.progress import Progress, loading_bar, plan
 from ddp.io.run_dir import accept_data, require_same_data, resolve_run
 from ddp.io.run_lock import write_record
 from ddp.io.run_writer import RunWriter, is_due
@@ -48,7 +46,7 @@ def main(args):
     device = select_device(config.device)
     select_precision(config.precision, device)  # refused before anything is downloaded
     with main_first():  # which downloads or decodes for all
-        dataset = load_dataset(**config.data_options(), units=units_of(state), progress=tqdm)
+        dataset = load_dataset(**config.data_options(), units=units_of(state), progress=loading_bar)
     print(*dataset.describe(), sep="\n")
     if state and options["new_data"]:
         accept_data(state, dataset)

@@ -11,7 +11,7 @@ import os
 # A thread that waits spins before it gives its core to others; libgomp's own 300,000 turns are a
 # time slice (docs/performance.md). PyTorch's looks here when it is loaded; what is set stands.
 if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 from ddp.schedule import SCHEDULES, SPACINGS, Schedule
 from ddp.noise_dist import NOISE_DISTS

@@ -2,9 +2,11 @@
 
 import sys
 import time
+from functools import partial
 
 from tqdm import tqdm
 
+loading_bar = partial(tqdm, disable=None)  # of data; None: only where stderr is a terminal
 FIRST_WAIT, LONGEST_WAIT = 2, 60  # seconds to the next line, twice as many after each
 
 
