@@ -1,5 +1,7 @@
 """A Trainer made ready: precision, weights to go on from, parts of a batch, threads."""
 
+import torch
+
 from ddp.distributed import parts_line
 from ddp.io.checkpoint import restore
 from ddp.io.device import select_precision, set_tf32
@@ -13,6 +15,7 @@ def build_trainer(config, dataset, device, state, tell):
     config: resolved, its shards chosen. tell: called with lines of text, such as print."""
     precision = select_precision(config.precision, device)
     set_tf32(precision != "fp32")
+    torch.backends.cudnn.deterministic = True  # else some of its kernels add in any order
     trainer = Trainer(config, dataset, device, precision)
     if state:
         restore(trainer, state)
