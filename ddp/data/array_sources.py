@@ -231,7 +231,7 @@ def read_labels(path, count):
             values = [line[-1].strip() for line in csv.reader(file) if any(line)]
     except (UnicodeError, csv.Error) as error:
         raise OSError(f"{path} is no .csv file ({error})") from None
-    if len(values) == count + 1:
+    if len(values) == count + 1 and not values[0].lstrip("-").isdigit():  # a number is a label
         values = values[1:]
     try:
         return np.array([int(value) for value in values])

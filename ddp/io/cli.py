@@ -271,7 +271,7 @@ def exit_status(error):
     elif isinstance(error, (OSError, FloatingPointError)):
         code = 1
     elif is_lost_process(error):
-        code, line = 1, "error: another process was lost; torchrun --max-restarts 3 goes on alone"
+        code, line = 1, "error: another process was lost; with --max-restarts torchrun starts again"
     elif type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
         reason = str(error)[:200]
         code, line = 1, f"error: compile does not work here ({reason}); leave it out"

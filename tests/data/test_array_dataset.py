@@ -7,6 +7,7 @@ from data_checks import gray, refused, save
 
 from ddp.config import Config
 from ddp.data import array_dataset, load_dataset
+from ddp.data.array_sources import read_labels
 from ddp.data.mapped import Mapped
 from ddp.data.npy import list_arrays, open_array
 from ddp.io.checkpoint import checkpoint_state, load_model, restore, units_of, write_checkpoint
@@ -337,3 +338,11 @@ def test_units_of_a_model_win_over_those_of_the_data(tmp_path):
     assert dataset.units is units
     own = load(tmp_path, NUMBERS[(5,)])
     torch.testing.assert_close(dataset.train * 2 + 10, own.units.restore(own.train))
+
+
+def test_a_line_too_many_is_no_header_where_it_is_a_number(tmp_path):
+    path = tmp_path / "labels.csv"
+    path.write_text("0\n1\n0\n1\n")
+    assert len(read_labels(path, 3)) == 4  # which check_labels refuses
+    path.write_text("label\n1\n0\n1\n")
+    assert read_labels(path, 3).tolist() == [1, 0, 1]
