@@ -88,7 +88,7 @@ class Config:
     # many processes, and memory
     shards: int = flag(
         None,
-        "parts of a batch, each with a BatchNorm of its own (default: one for each process)",
+        "parts of a batch, each with its own BatchNorm (default: one for each process, or more)",
         count_or_auto,
         at_least=0,
         at_most=2**16,

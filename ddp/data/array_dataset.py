@@ -15,7 +15,7 @@ from ddp.data.array_sources import find_labels, find_layout, find_sources
 from ddp.data.dataset import Dataset
 from ddp.data.files import counted, printable
 from ddp.data.layout import TRAIN
-from ddp.data.mapped import Mapped
+from ddp.data.mapped import Mapped, slices
 from ddp.data.npy import Joined
 from ddp.data.splits import choose_splits, split_fields
 from ddp.units import Moments
@@ -121,19 +121,12 @@ def as_x0(axis, units, rows):
     return units.standardize(torch.from_numpy(as_numbers(axis, rows)))
 
 
-def chunks_of(rows):
-    """Yield slices of an array, CHUNK_BYTES each or a row."""
-    count = max(1, CHUNK_BYTES * len(rows) // rows.nbytes)
-    for start in range(0, len(rows), count):
-        yield slice(start, start + count)
-
-
 def check_numbers(path, rows, axis, is_train, progress=None):
     """The Units of the training items of an array (N, ...); is_train: (N,) bool.
 
     Raises ValueError when an item, of whichever split, is not finite."""
     moments = Moments()
-    chunks = list(chunks_of(rows))
+    chunks = list(slices(rows, CHUNK_BYTES))
     if progress is not None:
         chunks = progress(chunks, desc="checking", unit="part", leave=False, delay=2)
     for chunk in chunks:
@@ -158,7 +151,7 @@ def fingerprint(rows, layout, splits, labels=None):
     sha.update(splits.numpy())
     if labels is not None:
         sha.update(labels.numpy())
-    chunks = list(chunks_of(rows))
+    chunks = list(slices(rows, CHUNK_BYTES))
     if rows.nbytes > CHUNK_BYTES * HASHED_BLOCKS:
         places = np.linspace(0, len(chunks) - 1, HASHED_BLOCKS).round().astype(int)
         chunks = [chunks[k] for k in places]

@@ -10,7 +10,7 @@ from itertools import compress
 import numpy as np
 
 from ddp.data.files import HIDDEN, counted, printable
-from ddp.data.layout import TEST, TRAIN, VAL, class_of_folder, find_splits, split_of
+from ddp.data.layout import IMAGE_SUFFIXES, TEST, TRAIN, VAL, class_of_folder, find_splits, split_of
 from ddp.data.listing import open_files
 from ddp.data.npy import SUFFIXES, Array, list_arrays, read_array
 
@@ -18,8 +18,8 @@ from ddp.data.npy import SUFFIXES, Array, list_arrays, read_array
 ITEM_NAMES = {"images": "images", "sequences": "sequences"}
 ITEM_NAMES |= dict.fromkeys(("points", "vectors"), "vectors")
 ITEM_NAMES |= dict.fromkeys(("x", "data", "items", "samples", "latents", "arr_0", ""))
+KIND_NAMES = tuple(name for name, kind in ITEM_NAMES.items() if kind)  # that say what they are
 LABEL_NAMES = ("labels", "label", "y", "targets", "arr_1")
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 KINDS = {1: ("vectors",), 2: ("images", "sequences"), 3: ("images",)}  # by the axes of an item
 
 
@@ -34,7 +34,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ArrayLayout:
     """How the rows of an array are items."""
 
     event: tuple  # the shape of an item
@@ -160,7 +160,7 @@ def text_or_numbers(array):
 
 
 def find_layout(path, array, name, channels=None):
-    """The Layout of an array (N, ...) by its dtype, its shape, its name in an .npz, and `channels`.
+    """The ArrayLayout of an array (N, ...) by dtype, shape, its name in an .npz, and `channels`.
 
     Images are (N, H, W) or (N, H, W, C); sequences (N, C, L); vectors (N, D). Raises ValueError
     where it is none of them."""
@@ -192,7 +192,9 @@ def find_layout(path, array, name, channels=None):
     if channels and (channels != event[0] or kind == "vectors"):
         raise ValueError(f"channels={channels} does not fit {array.dtype} {array.shape} of {path}")
     is_pixels = kind == "images" and array.dtype == np.uint8
-    return Layout(event, axis, is_pixels, f"{array.dtype} {array.shape}, {describe(event)}{hint}")
+    return ArrayLayout(
+        event, axis, is_pixels, f"{array.dtype} {array.shape}, {describe(event)}{hint}"
+    )
 
 
 def event_of(sides, axis):

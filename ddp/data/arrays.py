@@ -3,12 +3,11 @@
 import numpy as np
 import torch
 
+from ddp.data.array_sources import KIND_NAMES
 from ddp.data.dataset import to_float
 from ddp.data.files import counted
 from ddp.data.folder import read_images
 from ddp.data.npy import read_array
-
-ITEM_NAMES = ("images", "sequences", "points", "vectors")  # in an .npz
 
 
 def to_items(path, array, event, units=None):
@@ -64,7 +63,7 @@ def read_stored(path, event, names, units=None):
     return items, [f"{counted(len(items), 'item')} in {path}"]
 
 
-def read_items(path, event, units=None, names=ITEM_NAMES):
+def read_items(path, event, units=None, names=KIND_NAMES):
     """Return x0 (N, *event) and lines of text, from images as read_images takes them or an array.
 
     An array is uint8 (N, H, W[, C]), or numbers (N, *event) in the units of x0 or, given Units, in
@@ -84,7 +83,7 @@ def load_samples(path, event, units=None):
     """Return samples that any program wrote, uint8 (N, C, H, W) or x0, and lines of text.
 
     units: of the data, which the samples are in, too; None: they are pixels or built-in points."""
-    names = (*ITEM_NAMES, "samples", "x", "data", "arr_0")  # arr_0: what np.savez calls it
+    names = (*KIND_NAMES, "samples", "x", "data", "arr_0")  # arr_0: what np.savez calls it
     items, summary = read_stored(path, event, names, units)
     if len(event) == 3 and units is None and items.dtype != torch.uint8:  # of unknown range
         raise ValueError(f"{path} holds {items.dtype}; expected uint8 images (N, H, W[, C])")

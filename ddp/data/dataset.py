@@ -7,12 +7,12 @@ import hashlib
 import numpy as np
 import torch
 
-from ddp.data.mapped import Mapped, subset
+from ddp.data.mapped import Mapped, slices, subset
 from ddp.units import Units
 
 VAL_FRACTION, MAX_VAL_ITEMS = 0.1, 5000  # of the training items, where there are enough
 MIN_ITEMS_FOR_VAL = 2000
-DIGEST_BYTES = 1 << 24  # of items in a file, read at a time
+DIGEST_BYTES = 1 << 24  # of items that are read at a time
 
 
 @dataclasses.dataclass
@@ -179,20 +179,11 @@ def to_data(x0, units=None):
     return to_pixels(x0) if units is None else units.restore(x0)
 
 
-def parts_of(items):
-    """Yield a tensor whole, the items of a Mapped part by part."""
-    if not isinstance(items, Mapped):
-        yield items
-        return
-    count = max(1, DIGEST_BYTES * len(items) // max(1, items.nbytes))
-    for start in range(0, len(items), count):
-        yield items[start : start + count]
-
-
 def digest(tensors, header=""):
     """The first 16 hex digits of the SHA-256 of the header, a str, and of the tensors' bytes."""
     sha = hashlib.sha256(header.encode())
     for tensor in tensors:
-        for part in parts_of(tensor):
-            sha.update(part.cpu().contiguous().numpy())
+        parts = slices(tensor, DIGEST_BYTES) if isinstance(tensor, Mapped) else [...]
+        for part in parts:
+            sha.update(tensor[part].cpu().contiguous().numpy())
     return sha.hexdigest()[:16]

@@ -18,6 +18,7 @@ from ddp.data.dataset import Dataset
 from ddp.data.decode import Memory, decode, probe
 from ddp.data.files import counted, printable, require_honest
 from ddp.data.layout import (
+    IMAGE_SUFFIXES,
     TOOL_FILE,
     Layout,
     find_classes,
@@ -30,7 +31,6 @@ from ddp.data.listing import open_files
 from ddp.data.mapped import Mapped
 from ddp.data.splits import choose_splits, split_fields
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 DARK = 32  # of 255: no pixel of 12-bit data in 16 bits is above an eighth
 
 
@@ -147,7 +147,7 @@ def decode_images(listing, store, image_size, channels, progress):
             "12-bit data; if they are, multiply them by 16 first"
         )
     if not seen.count:
-        reasons = "; ".join(lines) or f"it holds no {', '.join(SUFFIXES)}"
+        reasons = "; ".join(lines) or f"it holds no {', '.join(IMAGE_SUFFIXES)}"
         raise OSError(f"{path}: no image could be read: {reasons}")
     summary = [summarize(path, seen, shape)]
     items = store.items()
@@ -165,7 +165,7 @@ def decode_images(listing, store, image_size, channels, progress):
 
 def image_names(files):
     """(names of the images among a name -> File, sorted; lines of text on what is none)."""
-    names = sorted(name for name in files if name.lower().endswith(SUFFIXES))
+    names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES))
     lines = []
     count = len(files) - len(names)  # of files that are no images
     if ours := written_folders(files, names):
@@ -178,7 +178,7 @@ def image_names(files):
     if count:
         count -= sum(name.rpartition("/")[2] == TOOL_FILE for name in files)
     if count:
-        kinds = ", ".join(SUFFIXES)
+        kinds = ", ".join(IMAGE_SUFFIXES)
         lines.append(f"ignored {counted(count, 'file')} other than {kinds}")
     return names, lines
 

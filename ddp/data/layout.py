@@ -23,6 +23,7 @@ SPLIT = re.compile(
 )
 SHARD, SHARD_FILE = re.compile(r"\d{5}"), re.compile(r"img\d{8}\.\w+")  # of dataset tools
 TOOL_FILE = "dataset.json"
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 MAX_NAME = 1000  # of a class: no file's name is as long
 MAX_TOOL_BYTES, MAX_LABEL = 1 << 27, 1 << 20  # of dataset.json
 LOG_HEAD = b"step,epoch,loss,"  # of a run's log.csv

@@ -64,6 +64,13 @@ class Mapped:
         return Mapped(self.array, self.event, self.convert, self.rows, device)
 
 
+def slices(rows, size):
+    """Yield slices of an array, a tensor or a Mapped, of `size` bytes each, or of a row."""
+    count = max(1, size * len(rows) // max(1, rows.nbytes))
+    for start in range(0, len(rows), count):
+        yield slice(start, start + count)
+
+
 def subset(items, mask):
     """Return the items that a mask (N,) says, of a tensor or of a Mapped."""
     return items.subset(mask) if isinstance(items, Mapped) else items[mask]

@@ -117,7 +117,8 @@ def argparse_options(field):
     if kind is bool:
         return options | {"action": "store_true"}
     if field.default not in (None, dataclasses.MISSING):
-        options["help"] += f" (default: {field.default})"
+        default = "auto" if kind is count_or_auto and field.default == 0 else field.default
+        options["help"] += f" (default: {default})"
     count = metadata["bounds"].get("count", 1)
     if count > 1:
         options["nargs"] = count

@@ -65,9 +65,9 @@ class RunWriter:
         self.latest_loss = math.nan  # the newest one that was looked at
         self.flushed = time.monotonic()
         self.lock = None  # run.json, open, on the main process
-        self.folder = on_main(self.open, folder, resume_path, step, may_number)
+        self.folder = on_main(self.take, folder, resume_path, step, may_number)
 
-    def open(self, folder, resume_path, step, may_number):
+    def take(self, folder, resume_path, step, may_number):
         """Take the folder, and go on with the log that is there -> the folder, resolved."""
         old = read_log(resume_path.parent) if resume_path else []
         rows = [row for row in old if int(row["step"]) <= step]  # later ones are done again
@@ -242,7 +242,7 @@ class RunWriter:
     def exported_step(self):
         """Return the step of model.pth, or None where there is none that can be read."""
         try:
-            return on_main(read_checkpoint, self.folder / "model.pth")["step"]
+            return on_main(lambda: read_checkpoint(self.folder / "model.pth")["step"])
         except OSError:
             return None
 

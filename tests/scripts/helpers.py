@@ -52,21 +52,27 @@ def execute(script, *flags, cwd):
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def torchrun(world_size, script, *flags, cwd, launch=(), timeout=120):
-    """Run a script under torchrun on processes of one thread, in the folder `cwd`; its Result.
-
-    launch: flags of torchrun itself. After `timeout` seconds all processes are killed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", world_size, *launch, ROOT / script, *flags]
-    process = subprocess.Popen(
+def start_torchrun(world_size, script, *flags, cwd, launch, **options):
+    """Start a script under torchrun on processes of one thread; options: of Popen."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", world_size]
+    command += [*launch, ROOT / script, *flags]
+    return subprocess.Popen(
         [str(word) for word in command],
         cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a process group of its own
+        **options,
     )
+
+
+def torchrun(world_size, script, *flags, cwd, launch=(), timeout=120):
+    """Run a script under torchrun on processes of one thread, in the folder `cwd`; its Result.
+
+    launch: flags of torchrun itself. After `timeout` seconds all processes are killed."""
+    launch = ("--standalone", *launch)
+    own_group = {"stderr": subprocess.PIPE, "start_new_session": True}
+    process = start_torchrun(world_size, script, *flags, cwd=cwd, launch=launch, **own_group)
     try:
         out, err = process.communicate(timeout=timeout)
     except BaseException:

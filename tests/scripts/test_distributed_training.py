@@ -6,13 +6,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from helpers import TINY, read_rows, run, torchrun
+from helpers import TINY, read_rows, run, start_torchrun, torchrun
 from test_train_script import assert_same_run, small_disk
 
 from ddp.config import Config
@@ -99,16 +98,8 @@ def succeed(count, *flags, cwd, launch=()):
 @contextlib.contextmanager
 def started(count, *flags, cwd, launch=("--standalone",)):
     """Start train.py on so many processes; what is left of them at the end is killed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count]
-    command += [*launch, ROOT / "train.py", *flags]
-    process = subprocess.Popen(
-        [str(word) for word in command],
-        cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    where = {"cwd": cwd, "launch": launch, "stderr": subprocess.STDOUT}
+    process = start_torchrun(count, "train.py", *flags, **where)
     left = []
     try:
         yield process
