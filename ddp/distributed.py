@@ -65,6 +65,20 @@ def processes():
         RANK, WORLD, STORE = 0, 1, None
 
 
+def leave(code):
+    """End this process of a launch as soon as all others come here, too; without torchrun, return.
+
+    At once, with its exit code: while Python tidies up, the threads of gloo and of the store may
+    abort a process whose work is done. After a failure the others are not waited for."""
+    if STORE is None:
+        return
+    if not FAILED:
+        torch.distributed.barrier()  # else the first to end would look like one that was lost
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def is_first_failure():
     """Remember that this process failed; return whether it was the first, whose cause is shown."""
     global FAILED

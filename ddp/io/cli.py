@@ -12,7 +12,7 @@ import sys
 import traceback
 from pathlib import Path
 
-from ddp.distributed import is_first_failure, is_lost_process, processes
+from ddp.distributed import is_first_failure, is_lost_process, leave, processes
 from ddp.editing import EDITS, EditInputs
 from ddp.io.terminal import safe_process
 from ddp.options import SamplerOptions, count_or_auto, image_size, integers
@@ -38,6 +38,7 @@ def path(text):
     return os.path.expanduser(text)
 
 
+BREAK_MARK = "\0"  # which no argument holds
 METAVARS = {path: "PATH", int: "N", float: "X", integers: "N,N", image_size: "N or HxW"}
 METAVARS[count_or_auto] = "N"
 KINDS = {
@@ -231,8 +232,26 @@ def command_line(script, flag, value):
     return shlex.join(["python", name, f"--{flag}", str(value)])
 
 
+def with_breaks(arguments=None):
+    """Return the arguments (default: sys.argv's) with each `--` after --compare as BREAK_MARK.
+
+    argparse would take it for the end of all flags."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if "--compare" not in arguments:
+        return arguments
+    start = arguments.index("--compare")
+    marked = [BREAK_MARK if word == "--" else word for word in arguments[start:]]
+    return arguments[:start] + marked
+
+
+def subject(text):
+    """Return the text of something to compare, `--` for what stands between groups."""
+    return "--" if text == BREAK_MARK else text
+
+
 def load_plugins(arguments=None):
     """Run the files given by --plugin, so that what they register can be chosen by a flag."""
+    arguments = with_breaks(arguments)
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plugin", action="append", nargs="?", default=[])
     PLUGINS[:] = parser.parse_known_args(arguments)[0].plugin
@@ -297,11 +316,13 @@ def command(
         try:
             stderr = launch.enter_context(processes())
             load_plugins(arguments)
-            return main(parse(arguments))
+            code = main(parse(arguments))
+            leave(code)
         except (Exception, KeyboardInterrupt) as error:
-            if not is_first_failure():  # the cause is that of the first
-                return 1
-            code, line = exit_status(error)
-            script = os.path.basename(sys.modules[main.__module__].__file__)
-            print(f"{script}: {line}", file=stderr)
-            return code
+            code = 1
+            if is_first_failure():  # whose cause is that of all
+                code, line = exit_status(error)
+                script = os.path.basename(sys.modules[main.__module__].__file__)
+                print(f"{script}: {line}", file=stderr)
+            leave(code)
+        return code

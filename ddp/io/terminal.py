@@ -137,9 +137,13 @@ class GracefulStop:
         restore_signals(self.before)
 
     def came(self):
-        """Return whether the signal came to any process, so that all stop after the same step."""
-        self.signal = maximum(self.signal or 0) or None
-        return self.signal is not None
+        """Return whether the signal came to any process, so that all stop after the same step.
+
+        One that comes while the processes ask each other stays, and counts at the next step."""
+        number = maximum(self.signal or 0)
+        if number:
+            self.signal = number
+        return bool(number)
 
     def __call__(self, number, frame):
         if self.signal is None:

@@ -15,6 +15,7 @@ from ddp.distributed import (
     in_order,
     is_main,
     launch_id,
+    leave,
     main_first,
     maximum,
     my_parts,
@@ -105,6 +106,19 @@ def test_without_torchrun_there_is_one_process_and_all_are_plain_calls(monkeypat
 
 def fail():
     raise ValueError("the cause")
+
+
+@pytest.mark.parametrize(("failed", "calls"), [(False, ["barrier", 3]), (True, [3])])
+def test_a_process_of_a_launch_leaves_at_once_after_all_are_done(failed, calls, monkeypatch):
+    done = []
+    monkeypatch.setattr("os._exit", done.append)
+    monkeypatch.setattr("torch.distributed.barrier", lambda: done.append("barrier"))
+    leave(3)
+    assert done == []  # without torchrun
+    monkeypatch.setattr("ddp.distributed.STORE", "a store")
+    monkeypatch.setattr("ddp.distributed.FAILED", failed)
+    leave(3)
+    assert done == calls
 
 
 def test_in_order_computes_an_item_when_it_is_asked_for():

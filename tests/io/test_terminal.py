@@ -210,6 +210,21 @@ def test_graceful_stop_tells_once_and_puts_the_handlers_back(name):
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_that_comes_while_the_processes_ask_each_other_is_not_lost(monkeypatch):
+    """All of them may wait at this very moment, and none would ever stop."""
+
+    def ask(number):
+        signal.raise_signal(signal.SIGTERM)
+        return number  # the largest that was sent
+
+    with GracefulStop(lambda line: None) as stop:
+        monkeypatch.setattr("ddp.io.terminal.maximum", ask)
+        assert not stop.came()  # as the other processes see it, too
+        assert stop.signal == signal.SIGTERM
+        monkeypatch.setattr("ddp.io.terminal.maximum", lambda number: number)
+        assert stop.came()
+
+
 def twice(first, second):
     with GracefulStop(lambda line: None) as stop:
         signal.raise_signal(getattr(signal, first))

@@ -412,6 +412,17 @@ def test_parse_labels_refuses_what_is_not_a_class():
 # ---- plugins ----
 
 
+def test_a_break_between_groups_is_no_end_of_all_flags(tmp_path):
+    (tmp_path / "own.py").write_text("raise OSError('it ran')")
+    line = ["--seed", "3", "--compare", "a", "b", "--", "c", "--plugin", str(tmp_path / "own.py")]
+    args = importlib.import_module("evaluate").parse(line)
+    assert args.compare == ["a", "b", "--", "c"]
+    assert (args.seed, len(args.plugin)) == (3, 1)
+    with pytest.raises(OSError, match="it ran"):
+        cli.load_plugins(line)
+    assert cli.with_breaks(["x", "--", "y"]) == ["x", "--", "y"]  # of another script
+
+
 def test_plugins_run_in_order_before_anything_else(tmp_path):
     for name in ("first", "second"):
         text = f"with open('order.txt', 'a') as f:\n    f.write('{name} ')\n"
