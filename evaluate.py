@@ -31,8 +31,8 @@ def parse(arguments=None):
     a_path = {"type": cli.path, "metavar": "PATH"}
     add_flag(what, "checkpoint", help="a checkpoint, or a run's folder", **a_path)
     add_flag(what, "samples", help="samples: .npz, .npy, a folder or a .zip", **a_path)
-    help = "several of either: PATH, NAME=PATH or NAME=PATH,sampler=ddpm,steps=50"
-    add_flag(what, "compare", nargs="+", metavar="SUBJECT", help=help)
+    help = "several: PATH, NAME=PATH or NAME=PATH,sampler=ddpm,steps=50; -- between groups of runs"
+    add_flag(what, "compare", nargs="+", type=cli.subject, metavar="SUBJECT", help=help)
     names = ", ".join(known_metrics())
     add_flag(group, "metrics", help=f"some of {names} (default: all that need no download)")
     add_flag(group, "dataset", help="a dataset, or a folder or .zip (default: the checkpoint's)")
@@ -46,7 +46,7 @@ def parse(arguments=None):
     cli.add_machine_flags(group)
     cli.add_config_flags(parser, SamplerOptions, "how to sample from a checkpoint")
     cli.add_plugin_flag(parser)
-    return parser.parse_args(arguments)
+    return parser.parse_args(cli.with_breaks(arguments))
 
 
 def given(args, options_class):

@@ -36,7 +36,8 @@ DRAWERS = [
     *("metrics.ode", "metrics.likelihood", "metrics.distances", "metrics.uncertainty"),
     *("metrics.fixed_features", "metrics.features", "metrics.candidate"),
     "metrics.likelihood_metrics",
-    *("metrics.sample_metrics", "metrics.evaluate", "metrics.subjects", "metrics.report"),
+    *("metrics.sample_metrics", "metrics.comparison", "metrics.evaluate", "metrics.subjects"),
+    "metrics.report",
     *("io.run_lock", "io.run_dir", "io.run_writer", "io.progress", "io.setup"),
     *("io.sample_batches", "io.writer", "io.diagnostics", "io.terminal", "io.cli"),
 ]

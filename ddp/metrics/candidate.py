@@ -78,6 +78,7 @@ class Candidate:
     sampler_options: dict | None = None  # keyword arguments of ddp.sampling.sample
     config: Config | None = None  # of the model's training; it names the dataset
     classes: list | None = None  # that the model was trained on, their names
+    group: str | None = None  # of trainings to which it belongs
     samples: torch.Tensor | None = None  # (N, *event), uint8 pixels, or floats as the dataset's
     results: dict = dataclasses.field(default_factory=dict)  # metric -> nested dict of Estimates
 

@@ -15,7 +15,8 @@ from ddp.data import permutation
 from ddp.distributed import on_main, world_size
 from ddp.io.checkpoint import provenance
 from ddp.metrics.candidate import generate_samples, likelihood_unit, log_density, log_std
-from ddp.metrics.distances import DISTANCES, NEIGHBORS
+from ddp.metrics.comparison import comparison, group_comparison, group_warnings
+from ddp.metrics.distances import DISTANCES, NEIGHBORS, find_measure
 from ddp.metrics.features import FEATURES
 from ddp.metrics.likelihood import TOLERANCES
 from ddp.metrics.likelihood_metrics import (
@@ -42,10 +43,9 @@ from ddp.metrics.sample_metrics import (
 )
 from ddp.metrics.uncertainty import RESAMPLES, Estimate
 
-SCHEMA = 5  # of the JSON; raise when a key changes
+SCHEMA = 6  # of the JSON; raise when a key changes
 MIN_ITEMS = 20  # real items, below which there is nothing to compare with in a feature space
 LONG = 300  # seconds: what would take longer is measured when it is asked for by name
-NOT_COMPARED = ("real_vs_real", "real", "relative_to_real")  # the same for all, or a ratio to it
 OLD_METRICS = {  # names before 0.2, still accepted
     "bound": "vlb",
     "exact": "ode_nll",
@@ -70,6 +70,23 @@ class Metric:
     show_interval: bool = False  # print 95% intervals instead of ± standard errors
     tables: Callable | None = None  # (results, evaluation), as JSON -> (title, note, rows), a list
     calls: Callable | None = None  # (options, is_pixels) -> network evaluations of one item
+    better: Callable | None = None  # (keys of a result) -> "lower", "higher", None: neither
+
+
+def better_feature(keys):
+    """Which is better of a distance or proportion, ("pixels", "fd", "samples")."""
+    return "higher" if find_measure(keys[1]).higher_is_better else "lower"
+
+
+def better_loss(keys):
+    """Which is better of a loss or a likelihood, which is negative; less is below_vlb itself."""
+    return None if keys[-1] == "below_vlb" else "lower"
+
+
+def find_better(keys):
+    """Which is better of the results with such keys, those of flatten."""
+    better = known_metrics()[keys[0]].better
+    return better and better(keys)
 
 
 def feature_space_metric(space):
@@ -80,6 +97,7 @@ def feature_space_metric(space):
         by_default=FEATURES[space].by_default,
         show_interval=True,
         tables=partial(feature_tables, space),
+        better=better_feature,
     )
 
 
@@ -93,15 +111,21 @@ METRICS = {  # of samples first; the dearest last, which is also compared with t
         title="test loss by noise level",
         note="in units of x0, eps and v, ± standard error",
         calls=loss_calls,
+        better=better_loss,
     ),
     "vlb": Metric(
-        evaluate_vlb, True, tables=partial(nll_tables, "VLB", "vlb_items"), calls=vlb_calls
+        evaluate_vlb,
+        True,
+        tables=partial(nll_tables, "VLB", "vlb_items"),
+        calls=vlb_calls,
+        better=better_loss,
     ),
     "ode_nll": Metric(
         evaluate_ode_nll,
         True,
         tables=partial(nll_tables, "ODE NLL", "nll_items"),
         calls=ode_nll_calls,
+        better=better_loss,
     ),
 }
 
@@ -149,6 +173,7 @@ def evaluate(candidates, reference, metrics, options, by_default=False, tell=Non
     measured so far, candidate, metric's name), called after each metric."""
     measured, warnings = choose_metrics(candidates, reference, metrics, options, by_default, tell)
     warnings = candidate_warnings(candidates, reference.dataset) + warnings
+    warnings += group_warnings(candidates)
     evaluation = to_json(summary(candidates, reference, metrics, options, warnings))
     for candidate in candidates:
         names = [name for name in measured if fits(name, candidate, reference.dataset)]
@@ -251,6 +276,7 @@ def summary(candidates, reference, metrics, options, warnings):
         "entropy": None if density is None else Estimate.mean(-density),
         "subjects": [{"name": c.name, "about": c.about, **c.results} for c in candidates],
         "comparison": comparison(candidates),
+        "groups": group_comparison(candidates, find_better),
     }
 
 
@@ -299,30 +325,6 @@ def recipe(reference, metrics, options):
         "max_items": {name: d.max_items for name, d in DISTANCES.items() if d.max_items},
         "provenance": provenance(reference.dataset),
     }
-
-
-def comparison(candidates):
-    """The results of each further candidate less those of the first, None where it has none."""
-    rows = []
-    first = flatten(candidates[0].results)
-    for candidate in candidates[1:]:
-        for keys, estimate in flatten(candidate.results).items():
-            if not isinstance(estimate, Estimate) or keys[-1] in NOT_COMPARED:
-                continue
-            difference = estimate - first[keys] if keys in first else None  # with a paired error
-            path = "/".join(keys)
-            rows.append({"subject": candidate.name, "path": path, "difference": difference})
-    return rows
-
-
-def flatten(tree, path=()):
-    """Nested dicts as one, {("vlb", "discrete", "total"): ...}; an estimate stays as it is."""
-    if not isinstance(tree, dict) or tree.keys() == {"value", "error", "interval"}:
-        return {path: tree}  # a leaf
-    flat = {}
-    for name, part in tree.items():
-        flat |= flatten(part, (*path, str(name)))
-    return flat
 
 
 def to_json(tree):

@@ -1,4 +1,7 @@
-"""Features that need no training: pixels, values, fixed random filters; items -> (N, D) float64."""
+"""Features that need no training: pixels, values, fixed random filters.
+
+Each is a function (N, *event) -> (N, D) float64 on the CPU, whatever the device of the items.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,7 @@ def pixel_features(items):
     size = [min(16, side) for side in items.shape[-2:]]  # so that items outnumber features
 
     def pooled(part):
-        return F.adaptive_avg_pool2d(part.float() / 255, size).flatten(1).double()
+        return F.adaptive_avg_pool2d(part.float() / 255, size).flatten(1).cpu().double()
 
     return by_parts(pooled, items)
 
@@ -32,7 +35,7 @@ def value_features(items):
 
     These are onto DIRECTIONS fixed random lines, scaled so that a distance between two items is
     kept on average (Johnson & Lindenstrauss 1984)."""
-    x = items.flatten(1).double()  # (N, D)
+    x = items.flatten(1).cpu().double()  # (N, D)
     if x.shape[1] <= MAX_VALUES:
         return x
     generator = torch.Generator().manual_seed(0)  # the same lines in every evaluation
@@ -69,10 +72,10 @@ def filter_features(items, layers=3):
         quarters = F.adaptive_avg_pool2d(x, 2) if axes == 2 else F.adaptive_avg_pool1d(x, 4)
         means = [quarters.flatten(1), x.std(dim=over)]
         for weight in filters:
-            x = convolve(x, weight, padding=1).abs()
+            x = convolve(x, weight.to(x.device), padding=1).abs()
             means.append(x.mean(dim=over))  # (n, FILTERS)
             pool = F.avg_pool2d if axes == 2 else F.avg_pool1d
             x = pool(x, 2, ceil_mode=True)
-        return torch.cat(means, dim=1).double()
+        return torch.cat(means, dim=1).cpu().double()
 
     return value_features(by_parts(responses, items))

@@ -19,10 +19,14 @@ from ddp.distributed import is_lost_process
 from ddp.io.figures import histogram, loss_by_level, metric_ratios, save_png, to_pil
 from ddp.io.files import atomic_write
 from ddp.io.item_figures import draw_items, neighbors, room
-from ddp.metrics.evaluate import evaluate, flatten, known_metrics
+from ddp.metrics.comparison import flatten
+from ddp.metrics.evaluate import evaluate, find_better, known_metrics
 from ddp.metrics.features import FEATURES
 
 HEADS = {"real_vs_real": "real vs real", "relative_to_real": "relative to real"}
+ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}  # which is better
+SPREADS = ("mean", "sd of trainings", "error of samples")  # columns of a group of trainings
+MAX_CELL = 14  # characters of a group's name in a column, so that a row has 100
 PAGE = Template(Path(__file__).with_name("report.html").read_text())  # its style is there
 MAX_NAME = 40  # characters of a subject in names of files, which hold 255 bytes
 Table = namedtuple("Table", "title note head rows")  # text; rows: lists as long as head
@@ -103,8 +107,50 @@ def comparison_table(evaluation):
             row[name] = flat.get(keys)
             if keys[-1] == "samples" and row["real_vs_real"] is None:  # it is the same for all
                 row["real_vs_real"] = flat.get((*keys[:-1], "real_vs_real"))
-    note = "95% intervals; differences are of the same real items and noise"
+    note = "95% intervals of the samples alone; differences are of the same real items and noise"
     return make_table("comparison", note, rows, interval_text)
+
+
+def path_text(path):
+    """The path of a figure as the name of a row, with the direction in which it is better."""
+    return path.removesuffix("/samples") + ARROWS[find_better(path.split("/"))]
+
+
+def group_tables(evaluation):
+    """The Tables of groups of trainings, and of each further one less the first."""
+    tables = []
+    for group in evaluation["groups"]:
+        count = len(group["subjects"])
+        rows = {}
+        for path, figure in group["figures"].items():
+            cells = (figure["mean"], figure["sd"], figure["sample_error"])
+            rows[path_text(path)] = dict(zip(SPREADS, cells, strict=True))
+        note = f"{count} trainings" if count > 1 else "one training, which says nothing of others"
+        tables.append(make_table(group["name"], note, rows, error_text))
+    for group in evaluation["groups"][1:]:
+        title = f"{group['name']} - {evaluation['groups'][0]['name']}"
+        tables.append(difference_table(title, group["less_first"]))
+    return tables
+
+
+def difference_table(title, less_first):
+    """The Table of a group of trainings less the first group."""
+    note = "one training each: the interval holds the samples alone"
+    if less_first["interval_of"] == "trainings":
+        paired = ", paired by seed" if less_first["paired"] else ""
+        note = f"95% intervals over trainings{paired}; by chance 1 row in 20 leaves out 0"
+    rows = {}
+    for path, figure in less_first["figures"].items():
+        cannot = "cannot be told" if find_better(path.split("/")) else ""  # no way is better
+        better = (figure["better"] or cannot)[:MAX_CELL]
+        rows[path_text(path)] = {"difference": figure["difference"], "better": better}
+    return make_table(title, note, rows, interval_text)
+
+
+def side_by_side(evaluation):
+    """The Tables of all subjects side by side, or of their groups; [] of one subject."""
+    table = comparison_table(evaluation)
+    return [table] if table else group_tables(evaluation)
 
 
 def table_lines(tables):
@@ -160,7 +206,7 @@ def measure_and_report(candidates, reference, metrics, options, folder, command,
     try:
         write_report(folder, finished, candidates, reference)
     finally:  # what cannot be written can be read here
-        lines = table_lines([table] if (table := comparison_table(finished)) else [])
+        lines = table_lines(side_by_side(finished))
         tell("\n".join([*lines, *(f"warning: {warning}" for warning in finished["warnings"])]))
     return finished, stopped
 
@@ -264,9 +310,7 @@ def html_page(evaluation, figures):
     dataset = evaluation["dataset"]
     recipe = evaluation["recipe"]
     parts = [f"<p class=warning>{escape(warning)}</p>" for warning in evaluation["warnings"]]
-    table = comparison_table(evaluation)
-    if table:
-        parts.append(html_table(table))
+    parts += [html_table(table) for table in side_by_side(evaluation)]
     for subject, images in zip(evaluation["subjects"], figures, strict=True):
         origin = subject["about"].items()  # of it what fits in a line: no lists, no dicts
         about = [f"{key}: {value}" for key, value in origin if isinstance(value, (str, int))]
@@ -276,7 +320,8 @@ def html_page(evaluation, figures):
         parts.append(f'<div class="figures">{"".join(shown)}</div>')
         for table in subject_tables(subject, evaluation):
             parts.append(html_table(table))
-    names = ", ".join(subject["name"] for subject in evaluation["subjects"])
+    named = evaluation["groups"] or evaluation["subjects"]
+    names = ", ".join(each["name"] for each in named)
     shape = "x".join(str(side) for side in dataset["event"])
     settings = json.dumps({"dataset": dataset, "recipe": recipe}, indent=1)
     return PAGE.substitute(

@@ -1,15 +1,19 @@
 """What the user asks to be measured: from a line of text to Candidates, and where results go."""
 
+import glob
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from itertools import takewhile
 from pathlib import Path
 
 from ddp.data import DATASETS, load_dataset
 from ddp.data.arrays import load_samples
 from ddp.distributed import main_first
-from ddp.io.files import find_checkpoint, next_free_path
+from ddp.io.files import RUN_MODELS, find_checkpoint, next_free_path
 from ddp.metrics.candidate import Candidate, checkpoint_candidate, file_digest
 from ddp.options import SamplerOptions
+
+BREAK = "--"  # between groups
 
 
 @dataclass
@@ -20,6 +24,7 @@ class Subject:
     name: str | None = None  # in tables; None: made of the path and the options
     options: dict = field(default_factory=dict)  # of SamplerOptions, and `weights`
     kind: str | None = None  # "checkpoint" or "samples"; None: as the path looks
+    group: str | None = None  # of trainings to which it belongs
 
     @property
     def checkpoint(self):
@@ -34,10 +39,77 @@ class Subject:
 
 
 def find_subjects(checkpoint, samples, compare):
-    """A list of Subjects, of one of three: a path, a path, or texts for parse_subject."""
+    """A list of Subjects, of one of three: a path, a path, or texts for compared_subjects."""
     if compare:
-        return [parse_subject(text) for text in compare]
+        return compared_subjects(compare)
     return [Subject(checkpoint or samples, kind="checkpoint" if checkpoint else "samples")]
+
+
+def compared_subjects(texts):
+    """The Subjects that texts name, see parse_subject, in groups where there are any.
+
+    A group is what stands between BREAKs; without these, what one name or one pattern, such as
+    "runs/a-*", means. Raises ValueError for an empty group, OSError where nothing matches."""
+    parts = [[]]
+    for text in texts:
+        if text == BREAK:
+            parts.append([])
+        else:
+            parts[-1].append(parse_subject(text))
+    if not all(parts):
+        raise ValueError(f"compare: expected something before and after each {BREAK}")
+    if len(parts) > 1:
+        return in_groups(parts)
+    (subjects,) = parts
+    named = {}  # name -> its subjects; one without a name is alone
+    for i, subject in enumerate(subjects):
+        named.setdefault(subject.name or i, []).append(subject)
+    if len(named) == len(subjects) and not any(is_pattern(each.path) for each in subjects):
+        return subjects  # each alone
+    return in_groups(named.values())
+
+
+def is_pattern(path):
+    return glob.has_magic(path) and not Path(path).exists()
+
+
+def matches(subject):
+    """The Subjects that a subject's pattern means, by path; the subject alone if it is none."""
+    if not is_pattern(subject.path):
+        return [subject]
+    paths = sorted(glob.glob(subject.path))
+    if not paths:
+        raise OSError(f"compare: nothing matches {subject.path}")
+    return [replace(subject, path=path) for path in paths]
+
+
+def in_groups(parts):
+    """The Subjects of all parts, which are lists of Subjects; each part is a group."""
+    parts = [[match for subject in part for match in matches(subject)] for part in parts]
+    names = [group_name(part) for part in parts]
+    subjects = []
+    for i, part in enumerate(parts):
+        group = names[i] if names.count(names[i]) == 1 else f"{names[i]} {i + 1}"
+        for subject in part:  # what gave the group its name is called by its path
+            name = None if subject.name == names[i] else subject.name
+            subjects.append(replace(subject, name=name, group=group))
+    return subjects
+
+
+def group_name(subjects):
+    """The name that all subjects share; else what their paths begin with, the last part of it.
+
+    It is "a" of a/0/model.pth and a/1/model.pth, and of runs/a-0 and runs/a-1."""
+    first = subjects[0]
+    if {subject.name for subject in subjects} == {first.name} and first.name:
+        return first.name
+    words = [re.findall(r"\d+|[^\W\d_]+|.", subject.path) for subject in subjects]
+    alike = takewhile(lambda each: len({*each}) == 1, zip(*words, strict=False))
+    path = Path("".join(each[0] for each in alike).rstrip("/-_. "))  # no number or word is cut
+    if path.name in RUN_MODELS:  # of one subject
+        path = path.parent
+    options = "".join(f" {key}={value}" for key, value in first.options.items())
+    return (path.name or "group") + options
 
 
 def parse_subject(text):
@@ -116,7 +188,24 @@ def load_candidates(subjects, data_source, sampling, weights, device, progress):
             candidates[name].require_fit(dataset)
         else:
             candidates[name] = samples_candidate(subject.path, name, dataset)
+    for name, subject in zip(names, subjects, strict=True):
+        candidates[name].group = subject.group
+    require_trainings(candidates.values())
     return [candidates[name] for name in names], dataset, arguments
+
+
+def require_trainings(candidates):
+    """Raise ValueError when the same file stands twice in a group of trainings."""
+    files = {}  # (group, digest) -> the name of the candidate
+    for candidate in candidates:
+        digest = candidate.about.get("sha256")
+        if candidate.group is None or digest is None:
+            continue
+        other = files.setdefault((candidate.group, digest), candidate.name)
+        if other != candidate.name:
+            raise ValueError(
+                f"compare: {other} and {candidate.name} of {candidate.group} are one training"
+            )
 
 
 def samples_candidate(path, name, dataset):

@@ -1,7 +1,10 @@
-"""How sure a measured number is: estimates with replicates, half-sample bootstrap, intervals."""
+"""How sure a measured number is: estimates with replicates, half-sample bootstrap, intervals.
+
+The errors of one network, of its samples; and Student's t, for the means of several trainings."""
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -126,3 +129,42 @@ def bootstrap(function, a, b, seed=0, resamples=RESAMPLES, max_items=None):
             spread = spread.mean() + factor * (spread - spread.mean())
         estimates[name] = Estimate(value, spread, measure.bounds, count)
     return estimates
+
+
+# ---- the means of several trainings ----
+
+
+@cache
+def t_quantile(probability, freedom):
+    """The quantile of Student's t with `freedom` degrees of freedom, 1 or more, of any fraction.
+
+    With t = sqrt(freedom) tan(a) the density is proportional to cos(a)^(freedom - 1), whose
+    integral is summed. Good to 1e-4; above 10,000 degrees it is taken as of 10,000."""
+    freedom = min(freedom, 1e4)
+    angles = np.linspace(0, math.pi / 2, 20_001)
+    density = np.cos(angles) ** (freedom - 1)
+    integral = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])  # by trapezoids
+    angle = np.interp(abs(2 * probability - 1), integral / integral[-1], angles)
+    return math.copysign(math.sqrt(freedom) * math.tan(angle), probability - 0.5)
+
+
+def mean_difference(
+    first,  # values of independent trainings, two or more
+    second,
+    paired=False,  # whether first[i] and second[i] belong together
+):
+    """Return (mean of second - mean of first, its standard error, its degrees of freedom).
+
+    Unpaired with two variances and the degrees of Welch 1947 (Satterthwaite 1946)."""
+    first = np.array(first)
+    second = np.array(second)
+    value = float(second.mean() - first.mean())
+    if paired:
+        error = (second - first).std(ddof=1) / math.sqrt(len(first))
+        return value, float(error), len(first) - 1
+    variances = [values.var(ddof=1) / len(values) for values in (first, second)]
+    total = sum(variances)
+    if not total:
+        return value, 0.0, len(first) + len(second) - 2
+    parts = [v**2 / (len(x) - 1) for v, x in zip(variances, (first, second), strict=True)]
+    return value, math.sqrt(total), float(total**2 / sum(parts))

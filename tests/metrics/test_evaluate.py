@@ -31,7 +31,6 @@ from ddp.metrics.evaluate import (
     METRICS,
     OLD_METRICS,
     Metric,
-    comparison,
     evaluate,
     parse_metrics,
     to_json,
@@ -591,26 +590,7 @@ def test_feature_warnings_say_when_there_are_too_few():
     assert "was trained" in feature_warnings_of("classifier", 5000, 64, "train")
 
 
-# ---- comparison and JSON ----
-
-
-def test_comparison_is_paired():
-    x = torch.randn(200)
-    a = Candidate("a", {}, results={"vlb": {"total": Estimate.mean(x), "monte_carlo": 0.1}})
-    b = Candidate("b", {}, results={"vlb": {"total": Estimate.mean(x + 1), "monte_carlo": 0.1}})
-    (row,) = comparison([a, b])
-    assert (row["subject"], row["path"]) == ("b", "vlb/total")
-    assert row["difference"].value == pytest.approx(1)
-    assert row["difference"].error < 1e-6
-
-
-def test_comparison_leaves_out_what_says_no_more():
-    estimate = Estimate.mean(torch.randn(9))
-    row = {"samples": estimate, "real_vs_real": estimate, "relative_to_real": estimate}
-    candidates = [Candidate(name, {}, results={"pixels": {"fd": row}}) for name in "ab"]
-    assert [row["path"] for row in comparison(candidates)] == ["pixels/fd/samples"]
-    candidates[0].results = {}
-    assert comparison(candidates)[0]["difference"] is None
+# ---- JSON ----
 
 
 def test_to_json_is_json():

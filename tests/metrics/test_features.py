@@ -9,6 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from fake_mps import FakeMPS
 from live_memory import LiveMemory
 from PIL import Image
 from torch import nn
@@ -267,6 +268,16 @@ def test_filters_take_images_of_any_size(shape):
     assert values.shape == (7, 5 * shape[0] + 3 * fixed_features.FILTERS)
     assert values.isfinite().all()
     assert torch.equal(filter_features(items[:2]), values[:2])
+
+
+@pytest.mark.parametrize("function", [pixel_features, value_features, filter_features])
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 16, 16)])
+def test_features_of_items_on_any_device_end_on_the_cpu(function, shape):
+    items = torch.randint(256, (5, *shape)).byte()
+    with FakeMPS() as mps:
+        values = function(mps.move(items))
+        assert values.device == torch.device("cpu")
+    assert torch.equal(values, function(items))
 
 
 @pytest.mark.parametrize("function", [pixel_features, filter_features])

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import re
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -22,6 +23,7 @@ from ddp.metrics.report import (
     interval_text,
     measure_and_report,
     nested_rows,
+    side_by_side,
     subject_tables,
     table_lines,
     write_report,
@@ -63,6 +65,7 @@ def evaluation_of(*subjects, comparison=()):
         "entropy": None,
         "subjects": named,
         "comparison": list(comparison),
+        "groups": [],
     }
 
 
@@ -156,6 +159,39 @@ def test_comparison_table_has_a_column_for_each_subject():
     assert table.rows[0] == ["pixels/fd", text, text, text, text]
     assert table.rows[1] == ["vlb/discrete/total", "", text, "", ""]
     assert comparison_table(evaluation_of(first)) is None
+
+
+def test_groups_have_a_table_each_and_one_of_their_difference():
+    figures = {
+        "pixels/recall/samples": {"mean": 0.5, "sd": 0.25, "sample_error": 0.125},
+        "value_stats/channel 0/mean/difference": {"mean": 2.0, "sd": None, "sample_error": 1.0},
+    }
+    differences = {path: {"difference": CELL, "better": None} for path in figures}
+    differences["pixels/recall/samples"]["better"] = "b" * 20
+    less_first = {"interval_of": "trainings", "paired": True, "figures": differences}
+    groups = [
+        {"name": "a", "subjects": ["x", "y"], "figures": figures, "less_first": None},
+        {"name": "b" * 20, "subjects": ["z", "w"], "figures": figures, "less_first": less_first},
+    ]
+    evaluation = evaluation_of({}) | {"groups": groups}
+    first, second, difference = side_by_side(evaluation)
+    assert (first.title, first.note, second.title) == ("a", "2 trainings", "b" * 20)
+    assert first.head == ["", "mean", "sd of trainings", "error of samples"]
+    assert first.rows[0] == ["pixels/recall ↑", "0.5", "0.25", "0.125"]
+    assert first.rows[1] == ["value_stats/channel 0/mean/difference", "2", "", "1"]
+    assert difference.title == f"{'b' * 20} - a"
+    assert "over trainings, paired by seed" in difference.note
+    assert difference.rows[0] == ["pixels/recall ↑", interval_text(CELL), "b" * 14]
+    assert difference.rows[1][2] == ""  # neither direction is better
+    assert max(map(len, table_lines([first, second, difference]))) <= 120  # by a long name
+    less_first |= {"interval_of": "samples", "paired": False}
+    differences["pixels/recall/samples"]["better"] = None
+    difference = side_by_side(evaluation)[2]
+    assert difference.note == "one training each: the interval holds the samples alone"
+    assert difference.rows[0][2] == "cannot be told"
+    page = html_page(evaluation, [{}])
+    assert escape(difference.note) in page
+    assert "sd of trainings" in page
 
 
 def test_a_ratio_that_other_numbers_forbid_is_left_empty():

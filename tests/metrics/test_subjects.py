@@ -4,7 +4,15 @@ import os
 
 import pytest
 
-from ddp.metrics.subjects import Subject, distinct_names, find_subjects, free_place, parse_subject
+from ddp.metrics.candidate import Candidate
+from ddp.metrics.subjects import (
+    Subject,
+    distinct_names,
+    find_subjects,
+    free_place,
+    parse_subject,
+    require_trainings,
+)
 
 
 def names_of(*texts):
@@ -71,6 +79,83 @@ def test_the_folder_of_a_run_is_its_model(tmp_path):
     assert subject.checkpoint is None
     (subject,) = find_subjects("no suffix", None, None)
     assert str(subject.checkpoint) == "no suffix"
+
+
+# ---- groups of trainings ----
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """The current folder, with the models of six runs: runs/a-1, a-2 and a-10, b/1 to b/3."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("runs/a-1", "runs/a-2", "runs/a-10", "b/1", "b/2", "b/3"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "model.pth").write_text("x")
+
+
+def groups_of(*texts):
+    """Return the paths of each group, name -> list."""
+    groups = {}
+    for subject in find_subjects(None, None, texts):
+        groups.setdefault(subject.group, []).append(subject.path)
+    return groups
+
+
+A = ["runs/a-1/model.pth", "runs/a-10/model.pth", "runs/a-2/model.pth"]  # as a shell sorts them
+B = ["b/1/model.pth", "b/2/model.pth", "b/3/model.pth"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "groups"),
+    [
+        ([*A, "--", *B], {"a": A, "b": B}),
+        ([*A, "--", *B, "--", "x.npz"], {"a": A, "b": B, "x.npz": ["x.npz"]}),
+        ([A[0], "--", B[0]], {"a-1": A[:1], "1": B[:1]}),
+        (["runs/a-*", "b/*/model.pth"], {"a": ["runs/a-1", "runs/a-10", "runs/a-2"], "b": B}),
+        (["old=runs/*/model.pth", "new=b/?/model.pth"], {"old": A, "new": B}),
+        ([f"x={A[0]}", B[0], f"x={A[1]}"], {"x": A[:2], "1": B[:1]}),  # x=runs/a-{1,10}/model.pth
+        ([f"x={A[0]}", f"x={A[1]}", "--", "x=b/*/model.pth"], {"x 1": A[:2], "x 2": B}),
+        ([A[0], B[0], "--", B[1]], {"group": [A[0], B[0]], "2": [B[1]]}),
+        (["b/*,steps=5", "b/*"], {"b steps=5": ["b/1", "b/2", "b/3"], "b": ["b/1", "b/2", "b/3"]}),
+        (["b/1", "--", "b/2"], {"1": ["b/1"], "2": ["b/2"]}),
+        (["b/[1]"], {"1": ["b/1"]}),
+        (["b/1", "b/2"], {None: ["b/1", "b/2"]}),
+        (["x=b/1", "y=b/2"], {None: ["b/1", "b/2"]}),
+    ],
+)
+def test_groups_are_cut_by_breaks_or_made_of_patterns_and_names(runs, texts, groups):
+    assert groups_of(*texts) == groups
+
+
+def test_members_of_a_group_are_called_by_their_paths(runs):
+    subjects = find_subjects(None, None, ["ddpm=b/*,sampler=ddpm", "fast=b/*,steps=5"])
+    names = distinct_names(subjects)
+    assert names[:2] == ["1 sampler=ddpm", "2 sampler=ddpm"]
+    assert names[3:5] == ["1 steps=5", "2 steps=5"]
+    assert subjects[4].options == {"steps": 5}
+    names = distinct_names(find_subjects(None, None, ["one=b/1", "two=b/2", "--", "b/3"]))
+    assert names == ["one", "two", "3"]
+
+
+@pytest.mark.parametrize("texts", [["--", "b/1"], ["b/1", "--"], ["b/1", "--", "--", "b/2"]])
+def test_an_empty_group_is_refused(runs, texts):
+    with pytest.raises(ValueError, match=r"^compare: expected something before and after each --$"):
+        groups_of(*texts)
+
+
+def test_a_pattern_that_nothing_matches_is_told(runs):
+    with pytest.raises(OSError, match=r"^compare: nothing matches c/\*/model.pth$"):
+        groups_of("x=c/*/model.pth", "b/1")
+
+
+def test_one_file_twice_in_a_group_is_no_second_training():
+    twice = [Candidate(name, {"sha256": "5"}, group="a") for name in "xy"]
+    require_trainings([twice[0], Candidate("y", {"sha256": "5"}, group="b"), Candidate("z", {})])
+    with pytest.raises(ValueError, match=r"^compare: x and y of a are one training$"):
+        require_trainings(twice)
+    for candidate in twice:
+        candidate.group = None
+    require_trainings(twice)
 
 
 # ---- results never go inside data ----

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from ddp.metrics.distances import DISTANCES, frechet_distance, prdc, wasserstein2
-from ddp.metrics.uncertainty import Estimate, bootstrap, half_samples
+from ddp.metrics.uncertainty import (
+    Estimate,
+    bootstrap,
+    half_samples,
+    mean_difference,
+    t_quantile,
+)
 
 
 def normal(count, dimensions, seed, shift=0.0):
@@ -178,3 +184,52 @@ def test_bootstrap_max_items_cuts_both_sets():
     b = normal(50, 2, 1)
     estimate = bootstrap(DISTANCES["wasserstein2"], a, b, max_items=20)["wasserstein2"]
     assert estimate.value == wasserstein2(a[:20], b[:20])
+
+
+# ---- the means of several trainings ----
+
+
+@pytest.mark.parametrize(
+    ("freedom", "quantile"),  # from tables of Student's t
+    [
+        *((1, 12.7062), (2, 4.3027), (3, 3.1824), (4, 2.7764), (5, 2.5706), (8, 2.3060)),
+        *((10, 2.2281), (20, 2.0860), (30, 2.0423), (60, 2.0003), (120, 1.9799), (1000, 1.9623)),
+    ],
+)
+def test_t_quantile_is_that_of_tables(freedom, quantile):
+    assert t_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-4)
+    assert t_quantile(0.025, freedom) == pytest.approx(-quantile, abs=1e-4)
+
+
+def test_t_quantile_ends_in_the_normal_one_and_takes_any_probability():
+    assert t_quantile(0.975, 1e9) == pytest.approx(1.95996, abs=5e-4)
+    assert t_quantile(0.5, 3) == 0
+    assert t_quantile(0.9, 4) == pytest.approx(1.5332, abs=1e-4)
+    assert t_quantile(0.995, 7) == pytest.approx(3.4995, abs=1e-4)
+    assert t_quantile(0.975, 3) < t_quantile(0.975, 2.5) < t_quantile(0.975, 2)  # Welch's degrees
+
+
+def test_mean_difference_paired_and_not():
+    value, error, freedom = mean_difference([1, 10, 100], [2, 11, 101.3], paired=True)
+    assert (value, freedom) == (pytest.approx(1.1), 2)
+    assert error == pytest.approx(0.1)  # of 1, 1 and 1.3
+    value, error, freedom = mean_difference([1, 2, 3], [5, 6, 7])
+    assert (value, error) == (pytest.approx(4), pytest.approx(math.sqrt(2 / 3)))
+    assert freedom == pytest.approx(4)  # equal numbers and spreads: 2 (n - 1)
+    value, error, freedom = mean_difference([1, 1, 1], [5, 6, 7, 8])
+    assert freedom == pytest.approx(3)  # only one of them has a spread
+    assert mean_difference([1, 1], [2, 2]) == (1.0, 0.0, 2)
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_intervals_of_mean_differences_hold_the_truth_as_often_as_they_say(paired):
+    random = np.random.RandomState(0)
+    held = []
+    for _ in range(1000):
+        first = random.normal(0, 1, 3)
+        second = random.normal(2, 4, 3 if paired else 6)
+        value, error, freedom = mean_difference(first, second, paired)
+        held.append(abs(value - 2) <= t_quantile(0.975, freedom) * error)
+    assert np.mean(held) == pytest.approx(0.95, abs=0.025)
+    z = np.mean([abs(random.standard_t(2)) <= 1.96 for _ in range(1000)])
+    assert z < 0.85  # what 1.96 would hold of three pairs

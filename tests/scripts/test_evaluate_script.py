@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from helpers import DIGITS, SHORT, execute, refused, run
+from helpers import DIGITS, SHORT, execute, refused, run, torchrun
 from PIL import Image
 
 import evaluate as script
@@ -40,7 +40,7 @@ def test_evaluate_measures_a_checkpoint(trained, tmp_path, name):
     evaluation, text = evaluated(*flags, cwd=tmp_path)
     recipe = evaluation["recipe"]
     (subject,) = evaluation["subjects"]
-    assert evaluation["schema"] == 5
+    assert evaluation["schema"] == 6
     assert evaluation["dataset"]["best_chosen_on"] == ("test" if name == "digits" else "val")
     assert recipe["unit"] == ("bits/dim" if name == "digits" else "nats")
     assert (recipe["num_samples"], recipe["vlb_items"], recipe["nll_items"]) == (30, 30, 4)
@@ -220,6 +220,67 @@ def test_one_model_is_compared_under_two_samplers(trained, tmp_path):
     assert "digits steps=2 - ddpm" in text
 
 
+# ---- groups of trainings ----
+
+
+def save_runs(trained, folder):
+    """Write two checkpoints as of trainings of the seeds 0 and 1."""
+    folder.mkdir()
+    shutil.copy(trained / "digits" / "model.pth", folder / "0.pth")
+    checkpoint = read_checkpoint(trained / "digits" / "step_00000018.pth")
+    checkpoint["config"]["seed"] = 1
+    torch.save(checkpoint, folder / "1.pth")
+
+
+def test_groups_of_trainings_are_compared_pair_by_pair(trained, tmp_path):
+    save_runs(trained, tmp_path / "r")
+    flags = ["--compare", "few=r/*,steps=2", "more=r/*,steps=4", "--metrics", "pixels,loss,vlb"]
+    evaluation, text = evaluated(*flags, *FEW, cwd=tmp_path)
+    few, more = evaluation["groups"]
+    assert (few["name"], more["name"]) == ("few", "more")
+    assert few["seeds"] == more["seeds"] == [0, 1]
+    assert few["subjects"] == ["0 steps=2", "1 steps=2"]
+    values = [subject["pixels"]["fd"]["samples"]["value"] for subject in evaluation["subjects"]]
+    figure = few["figures"]["pixels/fd/samples"]
+    assert figure["mean"] == pytest.approx(np.mean(values[:2]))
+    assert figure["sd"] == pytest.approx(np.std(values[:2], ddof=1))
+    assert figure["sample_error"] > 0
+    less_first = more["less_first"]
+    assert (less_first["interval_of"], less_first["paired"]) == ("trainings", True)
+    difference = less_first["figures"]["pixels/fd/samples"]["difference"]
+    assert difference["value"] == pytest.approx(np.mean(values[2:]) - np.mean(values[:2]))
+    low, high = difference["interval"]
+    assert (high - low) / difference["error"] == pytest.approx(2 * 12.7062, abs=1e-3)
+    assert less_first["figures"]["vlb/discrete/total"]["difference"]["value"] == 0
+    assert evaluation["comparison"] == []  # not one by one
+    tables = text[text.index("few (2 trainings)") : text.index("wrote")]
+    assert "more - few (95% intervals over trainings, paired by seed" in tables
+    assert max(map(len, tables.splitlines()[:-4])) <= 100  # below are warnings, and paths
+    page = (tmp_path / "e" / "evaluation.html").read_text()
+    assert "more - few" in page
+    assert "few, more on digits" in page
+
+
+def test_groups_are_cut_as_a_shell_gives_them_and_one_of_one_shows_nothing(trained, tmp_path):
+    save_runs(trained, tmp_path / "r")
+    save_digits(tmp_path / "real.npy")
+    flags = ["--compare", "r/0.pth", "r/1.pth", "--", "real.npy", "--metrics", "pixels", *FEW]
+    evaluation, text = evaluated(*flags, cwd=tmp_path)
+    assert [group["name"] for group in evaluation["groups"]] == ["r", "real.npy"]
+    less_first = evaluation["groups"][1]["less_first"]
+    assert (less_first["interval_of"], less_first["paired"]) == ("samples", False)
+    figure = less_first["figures"]["pixels/fd/samples"]
+    assert figure["difference"]["interval"][1] < 0
+    assert figure["better"] is None
+    assert "cannot be told" in text
+    line = "real.npy: one training each: the interval holds the samples alone"
+    assert any(warning.startswith(line) for warning in evaluation["warnings"])
+    result = torchrun(2, "evaluate.py", *flags, "--out", "on2", cwd=tmp_path, timeout=240)
+    assert result.code == 0, result.err
+    others = json.loads((tmp_path / "on2" / "evaluation.json").read_text())
+    assert others["groups"] == evaluation["groups"]
+
+
 # ---- flags ----
 
 LINES = [
@@ -312,6 +373,10 @@ REFUSED = {
     "--checkpoint {run} --inception_weights w.pth": "metrics=inception",
     "--compare {run}": "two or more",
     "--compare {run} {run}": "give NAME=PATH",
+    "--compare {run} --": "before and after each --",
+    "--compare -- {run} --metrics vlb": "before and after each --",
+    "--compare {run} -- {moons}": "trained on",
+    "--compare {run} --seed 3 -- {run}": "unrecognized",
     "--compare {run} {moons}": "trained on",
     "--compare {run} x=a.npy,steps=5": "steps: for checkpoints only",
     "--compare {run} {run},size=5": "size=5: expected some of",
@@ -339,6 +404,7 @@ FAILS = {
     "--checkpoint far.pth --metrics vlb": "out of range",
     "--checkpoint far.pth --metrics pixels": "infinite",
     "--checkpoint {digits} --out cut.npz/sub": "cannot be written",
+    "--compare a=none/*.pth b={digits}": "nothing matches none/*.pth",
 }
 
 
