@@ -1,10 +1,10 @@
 """Every hyper-parameter, written once; the flags of the scripts are made from it.
 
-A default of None means "chosen for the data": see PRESETS.
+A default of None means "chosen": for the purpose, and for the data and the size. See presets.py.
 """
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 from ddp.augment import AUGMENTATIONS
@@ -14,12 +14,13 @@ from ddp.loss import LOSSES, WEIGHTINGS
 from ddp.model import PREDICTIONS
 from ddp.noise_dist import NOISE_DISTS
 from ddp.options import HIDDEN, check_fields, count_or_auto, flag, image_size, integers, shown
-from ddp.presets import PRESETS
-from ddp.reverse import INITS, NETWORKS
+from ddp.presets import PURPOSES, SIZES, preset_of
+from ddp.reverse import INITS, NETWORKS, feature_sides
 from ddp.schedule import SCHEDULES
 from ddp.training import LR_SCHEDULES
 
 DEFAULT_EPOCHS = 100
+DEFAULT_SCHEDULE = "cosine"
 # prediction -> weighting: the plain loss of the output, but for x0 one that does not look at noise
 # levels only where almost nothing is left to predict
 DEFAULT_WEIGHTING = {"x0": "min_snr", "eps": "snr", "v": "v", "flow": "flow"}
@@ -41,17 +42,18 @@ class Config:
     image_size: list = flag(None, "size of images from a folder: N, or HxW", image_size)
     channels: int = flag(
         None,
-        "of images 1 gray, 3 color; of an array how many it has, where its shape leaves that open",
+        "1 gray, 3 color; or of an array whose shape leaves it open",
         int,
         at_least=1,
         at_most=2**20,
     )
-    test_fraction: float = flag(
-        None, "fraction of a folder or file to test on", float, above=0, at_most=0.5
-    )
+    test_fraction: float = flag(None, "fraction to test on", float, above=0, at_most=0.5)
     labels: str = flag(None, "labels of the items of an array: a .npy or .csv", str)
     cache: str = flag(None, "keep decoded images of a folder in this folder, on disk", str)
     augment: str = flag("none", "augmentation of training images", choices=AUGMENTATIONS)
+    # what is chosen where nothing else is said
+    size: str = flag("s", "size of the network: l is of the class of DDPM's", choices=SIZES)
+    preset: str = flag("samples", "what the run is good for", choices=PURPOSES)
     # length of the run
     epochs: float = flag(None, "passes over the data (default: 100)", float, above=0)
     max_steps: int = flag(None, "stop after this many steps", int, at_least=1)
@@ -60,24 +62,20 @@ class Config:
     )
     planned_steps: int = flag(None, HIDDEN, int, at_least=1)  # what max_minutes alone came to
     # optimization
-    lr: float = flag(1e-3, "peak learning rate", above=0, at_most=10**6)
+    lr: float = flag(None, "peak learning rate", float, fallback=1e-3, above=0, at_most=10**6)
     batch_size: int = flag(128, "items in a batch", at_least=1, at_most=2**20)
-    optimizer: str = flag(
-        "muon", "optimizer of the weights within blocks; the rest use AdamW", choices=OPTIMIZERS
-    )
+    optimizer: str = flag("muon", "of weights within blocks; others: AdamW", choices=OPTIMIZERS)
     lr_schedule: str = flag("cosine", "course of the learning rate", choices=LR_SCHEDULES)
     warmup: int = flag(100, "steps in which the learning rate rises", at_least=0)
     weight_decay: float = flag(0.01, "AdamW's weight decay", at_least=0, at_most=10**6)
     grad_clip: float = flag(1.0, "largest norm of the gradient; 0 is no limit", at_least=0)
     grad_accumulation: int = flag(1, "batches in a step", at_least=1, at_most=2**16)
     noise_copies: int = flag(
-        None,
-        "noisy copies of each item in a batch (default: by dataset)",
-        int,
-        at_least=1,
-        at_most=64,
+        None, "noisy copies of each item in a batch (default: by data)", int, at_least=1, at_most=64
     )
-    ema_decay: float = flag(0.999, "decay of the EMA weights", at_least=0, at_most=0.999999)
+    ema_decay: float = flag(
+        None, "decay of the EMA weights", float, fallback=0.999, at_least=0, at_most=0.999999
+    )
     seed: int = flag(0, "the run is a function of it", at_least=0, at_most=2**32 - 1)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = flag("auto", "compute dtype of training", choices=PRECISIONS)
@@ -96,7 +94,7 @@ class Config:
     reduce: str = flag("tree", "how gradients are summed over processes", choices=REDUCTIONS)
     checkpoint_activations: bool = flag(False, "recompute blocks in the backward pass")
     # the forward network
-    schedule: str = flag("cosine", "noise schedule", choices=SCHEDULES)
+    schedule: str = flag(None, "noise schedule (default: cosine, or by preset)", str, SCHEDULES)
     timesteps: int = flag(
         None,
         "steps of the discrete process, 0 for continuous time (default: 1000; learned: 0)",
@@ -109,44 +107,39 @@ class Config:
     )
     zero_terminal_snr: bool = flag(False, "make the last noise level noise alone")
     noise_dist: str = flag(
-        None, "distribution of training noise levels (default: by dataset)", str, NOISE_DISTS
+        None, "distribution of training noise levels (default: by data)", str, NOISE_DISTS
     )
     # the reverse network
     network: str = flag(None, "architecture (default: unet; mlp for points)", str, NETWORKS)
     channels_base: int = flag(
-        None,
-        "channels of the first resolution (default: by dataset)",
-        int,
-        at_least=8,
-        at_most=4096,
+        None, "channels of the first resolution (default: by data)", int, at_least=8, at_most=4096
     )
     blocks_per_level: int = flag(
-        None,
-        "residual blocks in each resolution (default: by dataset)",
-        int,
-        at_least=1,
-        at_most=64,
+        None, "residual blocks in each resolution (default: by data)", int, at_least=1, at_most=64
     )
     channel_mult: list = flag(
         None, "channels of each resolution, in units of channels_base", integers
     )
     patch_size: int = flag(
-        None,
-        "side of the pixel squares folded into channels (default: by dataset)",
-        int,
-        at_least=1,
-        at_most=64,
+        None, "side of the pixel squares folded into channels", int, at_least=1, at_most=64
     )
-    attention_resolutions: list = flag([], "feature-map sizes with self-attention", integers)
+    fourier_features: int = flag(
+        None, "sines and cosines of each pixel", int, fallback=0, at_least=0, at_most=16
+    )
+    attention_resolutions: list = flag(
+        None, "feature-map sizes with self-attention", integers, fallback=[], least=0
+    )
     norm: str = flag("batch", "normalization", choices=NORMS)
     activation: str = flag("leaky_relu", "activation", choices=ACTIVATIONS)
     negative_slope: float = flag(0.01, "slope of LeakyReLU below zero", at_least=0, at_most=1)
-    dropout: float = flag(0.0, "dropout rate of activations", at_least=0, at_most=0.9)
+    dropout: float = flag(
+        None, "dropout rate of activations", float, fallback=0.0, at_least=0, at_most=0.9
+    )
     init: str = flag("xavier", "weight initialization", choices=INITS)
     class_cond: bool = flag(False, "condition the network on the class labels")
     label_dropout: float = flag(0.1, "dropout rate of labels, for CFG", at_least=0, at_most=1)
     # the objective
-    prediction: str = flag("v", "what the network predicts", choices=PREDICTIONS)
+    prediction: str = flag(None, "what the network predicts", str, PREDICTIONS, fallback="v")
     weighting: str = flag(
         None, "weight of noise levels in the loss (default: by prediction)", str, WEIGHTINGS
     )
@@ -158,20 +151,25 @@ class Config:
         None, "steps between checkpoints (default: a tenth of the run)", int, at_least=1
     )
     keep_checkpoints: int = flag(2, "numbered checkpoints to keep", at_least=0)
-    sample_every: int = flag(
-        None, "steps between grids of samples (default: as save_every)", int, at_least=1
-    )
+    sample_every: int = flag(None, "between grids of samples (default: 5 a run)", int, at_least=1)
 
     def __post_init__(self):
         check_fields(self)
+        for name, value in PURPOSES[self.preset].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        self.schedule = self.schedule or DEFAULT_SCHEDULE
         learned = SCHEDULES[self.schedule].trained
         if self.timesteps is None:
             self.timesteps = 0 if learned else 1000
-        if self.weighting is None:
-            self.weighting = "vlb" if learned else DEFAULT_WEIGHTING.get(self.prediction, "uniform")
-        if self.noise_dist is None and (
-            self.weighting == "vlb" or self.schedule != Config.schedule
-        ):
+        if self.weighting is None and learned:
+            self.weighting = "vlb"
+        if self.weighting is None and self.prediction is not None:
+            self.weighting = DEFAULT_WEIGHTING.get(self.prediction, "uniform")
+        if self.prediction is None and self.weighting is not None:
+            self.prediction = "v"  # a preset's goes with its own weighting
+        says = self.weighting == "vlb" or self.schedule != DEFAULT_SCHEDULE
+        if self.noise_dist is None and says:
             self.noise_dist = "stratified"  # a schedule that was chosen says what is drawn
         for wrong, message in (*self.slips(), *self.contradictions()):
             if wrong:
@@ -248,7 +246,9 @@ class Config:
         Raises ValueError where one is left open: `resolve` chooses it for the data."""
         names = "channels_base blocks_per_level channel_mult patch_size attention_resolutions"
         names += " norm activation negative_slope dropout init checkpoint_activations"
-        options = {name: getattr(self, name) for name in names.split()}
+        names += " fourier_features"
+        values = FALLBACKS | {name: v for name, v in asdict(self).items() if v is not None}
+        options = {name: values.get(name) for name in names.split()}
         left_open = [name for name, value in options.items() if value is None]
         if left_open:
             raise ValueError(f"{left_open[0]}=None: give it, or call config.resolve(dataset)")
@@ -273,10 +273,15 @@ class Config:
             raise ValueError(f"{names} are for images and sequences, not points")
         if kind != "images" and self.augment != "none":
             raise ValueError(f"augment={self.augment} is for images, not {kind}")
-        preset = dict(PRESETS.get(self.dataset, PRESETS[kind]))
+        preset = FALLBACKS | preset_of(self.dataset, kind, self.size)
         preset.setdefault("network", "mlp" if kind == "points" else "unet")
         preset["shards"] = default_shards()
         chosen = {name: value for name, value in preset.items() if getattr(self, name) is None}
+        if chosen.get("attention_resolutions"):
+            both = asdict(self) | chosen
+            sides = feature_sides(dataset.event, both["patch_size"], len(both["channel_mult"]))
+            (most,) = chosen["attention_resolutions"]
+            chosen["attention_resolutions"] = [side for side in sides if side <= most][:1]
         if kind == "points" and self.precision == "auto":
             chosen["precision"] = "fp32"  # bf16 tells no nearer points apart than 1/128
         return replace(self, **chosen)
@@ -302,6 +307,9 @@ class Config:
             limits.append(self.planned_steps)
         return min(limits, default=None)
 
+
+# What fields that are open become where no preset says more.
+FALLBACKS = {f.name: f.metadata["fallback"] for f in fields(Config) if "fallback" in f.metadata}
 
 # What may change when a run is resumed. All else would make it another run.
 RESUMABLE_FIELDS = {

@@ -104,4 +104,4 @@ def build_model(config, event, num_classes=0, units=None):
         raise ValueError(f"augment={config.augment}: network={name} cannot be told; try flip")
     has_null_label = num_classes > 0 and config.label_dropout > 0
     about = (event, num_classes, has_null_label, units)
-    return DiffusionModel(schedule, network, config.prediction, *about)
+    return DiffusionModel(schedule, network, config.prediction or "v", *about)

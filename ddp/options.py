@@ -36,11 +36,17 @@ def image_size(text):
     return sides * 2 if len(sides) == 1 else sides
 
 
-def flag(default, help, kind=None, choices=None, **bounds):
+def flag(default, help, kind=None, choices=None, fallback=None, **bounds):
     """Return a dataclass field that knows its help, type, choices and bounds.
 
-    bounds: at_least, above, at_most; count, the number of values."""
-    metadata = {"help": help, "kind": kind or type(default), "choices": choices, "bounds": bounds}
+    fallback: what None becomes where no preset says more. bounds: at_least, above, at_most; count,
+    the number of values; least, the fewest of a list."""
+    metadata = {"kind": kind or type(default), "choices": choices, "bounds": bounds}
+    if fallback is not None:
+        default_text = "none" if fallback == [] else fallback
+        help += f" unless a preset says more (default: {default_text})"
+        metadata["fallback"] = fallback
+    metadata["help"] = help
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -82,7 +88,7 @@ def expected(field, value):
         finite = all(type(v) in (int, float) and abs(v) <= at_most for v in value)
         return None if len(value) == count and finite else f"{count} finite numbers"
     if isinstance(value, list):
-        least = 1 if field.default is None else 0
+        least = bounds.get("least", 1 if field.default is None else 0)
         positive = all(type(v) is int and 0 < v <= MAX_ENTRY for v in value)
         fits = least <= len(value) <= MAX_LIST and positive
         return None if fits else f"{least} to {MAX_LIST} whole numbers from 1 to {MAX_ENTRY}"

@@ -1,22 +1,25 @@
-"""What is chosen for the data where nothing else is said, and the names of before version 0.2."""
+"""What is chosen where nothing else is said: by data, size and purpose; names of before 0.2."""
 
-# What is chosen for the data where nothing else is said: by the dataset's name, else "images",
-# "sequences" or "points". Measured: docs/training.md. Deep and narrow won over wide at equal cost;
-# channels are multiples of 16, to which kernels pad.
+# Size s: by the dataset's name, else "images", "sequences" or "points". Measured:
+# docs/training.md. Deep and narrow won over wide at equal cost; channels are multiples of 16, to
+# which kernels pad.
 PRESETS = {
     "digits": {
-        "channels_base": 16,
-        "blocks_per_level": 4,
-        "channel_mult": [2, 2],
-        "patch_size": 1,
-        "noise_copies": 2,  # few items gain from several noisy copies of each in a batch
+        "channels_base": 32,
+        "blocks_per_level": 6,
+        "channel_mult": [2],
+        "patch_size": 2,
+        "dropout": 0.0,
+        "noise_copies": 3,  # few items gain from several noisy copies of each in a batch
         "noise_dist": "stratified",
+        "prediction": "x0",
     },
     "images": {
         "channels_base": 32,
         "blocks_per_level": 3,
         "channel_mult": [1, 2, 2],
         "patch_size": 2,
+        "dropout": 0.0,
         "noise_copies": 1,
         "noise_dist": "lognormal",
     },
@@ -25,6 +28,7 @@ PRESETS = {
         "blocks_per_level": 4,
         "channel_mult": [1],
         "patch_size": 1,
+        "dropout": 0.0,
         "noise_copies": 8,
         "noise_dist": "stratified",
     },
@@ -32,6 +36,58 @@ PRESETS = {
 PRESETS["sequences"] = PRESETS["images"]  # not measured on sequences
 PRESETS["mnist"] = PRESETS["images"] | {"blocks_per_level": 4, "channel_mult": [1, 2]}
 PRESETS["fashion_mnist"] = PRESETS["mnist"]
+
+# What of them another size changes: m is twice as wide, about 4 times the weights and the time.
+# Attention is on the largest feature map of at most so many a side. The color network of size l is
+# that of DDPM (Ho et al. 2020, appendix B: 35.7 M weights) as this U-Net has it: without a middle,
+# and with 4 blocks a resolution, down and up, for their 2 and 3.
+SIZES = {
+    "s": {},
+    "m": {
+        "digits": {"channels_base": 64},
+        "mnist": {"channels_base": 64},
+        "images": {"channels_base": 64},
+        "points": {"channels_base": 256},
+    },
+    "l": {
+        "digits": {"channels_base": 96, "attention_resolutions": [8], "dropout": 0.1},
+        "mnist": {
+            "channels_base": 64,
+            "channel_mult": [1, 2, 2],
+            "patch_size": 1,
+            "attention_resolutions": [16],
+            "dropout": 0.1,
+        },
+        "images": {
+            "channels_base": 128,
+            "blocks_per_level": 4,
+            "channel_mult": [1, 2, 2, 2],
+            "patch_size": 1,
+            "attention_resolutions": [16],
+            "dropout": 0.1,
+        },
+        "points": {"channels_base": 512},
+    },
+}
+for size in ("m", "l"):
+    SIZES[size]["fashion_mnist"] = SIZES[size]["mnist"]
+SIZES["m"]["sequences"] = SIZES["m"]["images"]
+SIZES["l"]["sequences"] = SIZES["l"]["images"] | {"attention_resolutions": [256]}
+
+# What a purpose changes, whatever the data and the size.
+PURPOSES = {
+    "samples": {},
+    # bits/dim: the ends of the noise schedule are trained, too, and each pixel is seen to a
+    # fraction of its gray value (Kingma et al. 2021); measured: docs/training.md, Likelihood
+    "likelihood": {"schedule": "learned", "patch_size": 1, "fourier_features": 8},
+}
+
+
+def preset_of(dataset, kind, size="s"):
+    """Return the fields of Config that are chosen for a dataset of a kind and a size, a dict."""
+    changes = SIZES[size]
+    return PRESETS.get(dataset, PRESETS[kind]) | changes.get(dataset, changes.get(kind, {}))
+
 
 # Names of before version 0.2, still read in checkpoints and as flags.
 OLD_NAMES = {

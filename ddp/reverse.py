@@ -17,6 +17,7 @@ from ddp.blocks import CONV_LAYERS, Attention, Block, Layers, NoiseEmbedding
 
 INITS = ("kaiming", "xavier", "default")
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d}  # by the number of spatial dimensions
+GRAY_VALUE = 1 / 127.5  # what tells neighbors of 256 values from -1 to 1 apart
 FOURIER_FEATURES = 6  # of each coordinate of a point: periods of 2, 1, ..., 1/16 std
 FOURIER_DIMS = 64  # of more they cost most of a step and gain little: docs/training.md, Vectors
 
@@ -113,6 +114,7 @@ class UNet(ReverseNetwork):
         init="xavier",
         negative_slope=0.01,
         checkpoint_activations=False,  # recompute blocks in the backward pass, to save memory
+        fourier_features=0,  # of each pixel: periods of 1, 2, 4, ... gray values
         num_augment=0,  # numbers that say how an image was augmented
         **options,  # norm, activation, dropout: of Layers
     ):
@@ -123,7 +125,6 @@ class UNet(ReverseNetwork):
         layers = Layers(len(event) - 1, negative_slope=negative_slope, **options)
         self.event = tuple(event)
         self.patch_size = patch_size
-        self.stride = patch_size * 2 ** (len(channel_mult) - 1)  # sides are padded to a multiple
         self.num_augment = num_augment
         size = 4 * channels_base  # of the embedding
         self.embedding = NoiseEmbedding(size, layers.activation, num_classes, num_augment)
@@ -131,13 +132,13 @@ class UNet(ReverseNetwork):
 
         def stage(c_in, c_out, has_attention):
             modules = [Block(layers, c_in, c_out, size)]
-            for _ in range(blocks_per_level - 1):
-                modules.append(Block(layers, c_out, c_out, size))
+            modules += [Block(layers, c_out, c_out, size) for _ in range(blocks_per_level - 1)]
             return nn.ModuleList(modules + ([Attention(layers, c_out)] if has_attention else []))
 
         channels = [channels_base * m for m in channel_mult]  # of each resolution
         inputs = event[0] * patch_size**layers.dims
-        self.conv_in = layers.conv(inputs, channels[0], kernel_size=3)
+        self.register_buffer("frequencies", gray_frequencies(fourier_features), persistent=False)
+        self.conv_in = layers.conv(inputs * (1 + 2 * fourier_features), channels[0], kernel_size=3)
         self.down = nn.ModuleList()
         for i, c in enumerate(channels):
             self.down.append(stage(channels[max(i - 1, 0)], c, attends[i]))
@@ -147,12 +148,16 @@ class UNet(ReverseNetwork):
         self.conv_out = layers.conv(channels[0], inputs, kernel_size=3)
         init_weights(self, self.conv_out, init, negative_slope)
 
+    @property
+    def stride(self):
+        """Pixels of which sides are padded to a multiple."""
+        return self.patch_size * 2 ** (len(self.down) - 1)
+
     def find_resolutions(self, wanted, levels):
         """Return for each level whether its feature maps have one of the wanted shorter sides.
 
         Raises ValueError when one is wanted that no level has."""
-        side = -(-min(self.event[1:]) // self.stride) * self.stride // self.patch_size
-        sides = [side // 2**i for i in range(levels)]
+        sides = feature_sides(self.event, self.patch_size, levels)
         if set(wanted) - set(sides):
             raise ValueError(
                 f"attention_resolutions={wanted}: expected some of {sides}, the shorter sides of "
@@ -167,6 +172,8 @@ class UNet(ReverseNetwork):
         padding = []  # the last axis first: before it and behind it
         for side in reversed(size):
             padding += [0, -side % self.stride]
+        if len(self.frequencies):  # in float32, which tells x_t near clean data apart
+            x_t = torch.cat([x_t, fourier_features(x_t, log_snr, self.frequencies)], dim=1)
         x = F.pad(x_t.to(dtype), padding, mode="replicate")
         x = self.conv_in(fold_patches(x, self.patch_size))
         skips = []
@@ -182,6 +189,32 @@ class UNet(ReverseNetwork):
             x = self.apply_stage(stage, x, embedding)
         x = unfold_patches(self.conv_out(x), self.patch_size)
         return x[(..., *map(slice, size))]
+
+
+def gray_frequencies(count):
+    """Return frequencies of pixels, (count,), whose periods are 1, 2, 4, ... gray values."""
+    return 2 * math.pi / GRAY_VALUE * 0.5 ** torch.arange(count)
+
+
+def fourier_features(x_t, log_snr, frequencies):
+    """Return sin and cos of x_t (B, C, ...) times each frequency (n,): (B, 2 n C, ...).
+
+    By them a network tells close values apart (Kingma et al. 2021, section 5.3 and appendix C).
+    Each is damped by its mean over the noise, exp(-sigma^2 f^2 / 2)."""
+    frequencies = frequencies.reshape(-1, *[1] * (x_t.ndim - 2))  # (n, 1, ...)
+    angle = x_t.unsqueeze(2) * frequencies  # (B, C, n, ...)
+    sigma2 = torch.sigmoid(-log_snr).reshape(-1, *[1] * x_t.ndim)  # (1 or B, 1, 1, ...)
+    damping = torch.exp(-0.5 * sigma2 * frequencies**2)  # (1 or B, 1, n, ...)
+    sin = (angle.sin() * damping).flatten(1, 2)  # (B, C n, ...)
+    cos = (angle.cos() * damping).flatten(1, 2)
+    return torch.cat([sin, cos], dim=1)
+
+
+def feature_sides(event, patch_size, levels):
+    """Return the shorter side of the feature maps of each resolution of a U-Net, falling."""
+    stride = patch_size * 2 ** (levels - 1)
+    side = -(-min(event[1:]) // stride) * stride // patch_size  # padded to a multiple
+    return [side // 2**i for i in range(levels)]
 
 
 def fold_patches(x, patch_size):
@@ -202,7 +235,7 @@ class MLP(ReverseNetwork):
     """A residual network for points: (B, D), log_snr, label -> (B, D).
 
     Of points of up to FOURIER_DIMS it also sees Fourier features of each coordinate, by which it
-    tells close ones apart (Kingma et al. 2021, section 5.3). Of more it adds x_t to its output,
+    tells close ones apart, see fourier_features. Of more it adds x_t to its output,
     each dimension times a gain by noise level: noise in D dimensions does not pass through hidden
     layers narrower than that."""
 
@@ -242,14 +275,9 @@ class MLP(ReverseNetwork):
             nn.init.zeros_(self.gain.bias)
 
     def forward(self, x_t, log_snr, label=None):
-        angle = x_t[..., None] * self.frequencies  # (B, D, 6), or none where D is large
-        # damp each frequency by its mean over the noise, exp(-sigma^2 f^2 / 2)
-        sigma2 = torch.sigmoid(-log_snr)[..., None]
-        damping = torch.exp(-0.5 * sigma2 * self.frequencies**2)[..., None, :]  # (1, 6), (B, 1, 6)
-        sin = (angle.sin() * damping).flatten(1)  # (B, 6 D)
-        cos = (angle.cos() * damping).flatten(1)
+        features = fourier_features(x_t, log_snr, self.frequencies)  # none where D is large
         dtype = self.proj_in.weight.dtype
-        x = self.proj_in(torch.cat([x_t, sin, cos], dim=1).to(dtype))
+        x = self.proj_in(torch.cat([x_t, features], dim=1).to(dtype))
         embedding = self.embedding(log_snr, label).to(dtype)
         x = self.proj_out(self.apply_stage(self.blocks, x, embedding))
         return x if self.gain is None else x + self.gain(embedding) * x_t

@@ -28,6 +28,7 @@ def trained(steps=3, **fields):
         {"dataset": "moons", "dropout": 0.2, "batch_size": 64},
         {"dataset": random_points(event=(2, 12)), "attention_resolutions": [8]},  # sequences
         {"precision": "bf16", "norm": "none", "activation": "silu", "augment": "edm"},
+        {"precision": "bf16", "fourier_features": 2, "patch_size": 2, "augment": "edm"},
         {"shards": 4, "dropout": 0.2},
     ],
 )

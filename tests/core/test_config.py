@@ -5,12 +5,13 @@ import math
 from types import FunctionType, SimpleNamespace
 
 import pytest
+import torch
 from tiny import random_points
 
 from ddp.config import RESUMABLE_FIELDS, Config, resume_config
 from ddp.model import build_model
 from ddp.options import SamplerOptions, count_or_auto, expected
-from ddp.presets import OLD_NAMES, OLD_VALUES, PRESETS
+from ddp.presets import OLD_NAMES, OLD_VALUES, PRESETS, PURPOSES, SIZES
 from ddp.reverse import MLP, NETWORKS, UNet
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -178,9 +179,23 @@ def test_config_takes_a_batch_of_one_where_no_batchnorm_is():
     ],
 )
 def test_config_chooses_the_weighting_and_timesteps(fields, weighting, timesteps):
-    config = Config(**fields)
+    config = resolved("mnist", **fields)
     assert config.weighting == weighting
     assert config.timesteps == timesteps
+
+
+@pytest.mark.parametrize(
+    ("fields", "prediction", "weighting"),
+    [
+        ({}, "x0", "min_snr"),
+        ({"prediction": "v"}, "v", "v"),
+        ({"weighting": "snr"}, "v", "snr"),  # the preset's goes with its own weighting
+        ({"schedule": "learned"}, "v", "vlb"),
+    ],
+)
+def test_prediction_of_a_preset_goes_with_its_weighting(fields, prediction, weighting):
+    config = resolved("digits", **fields)
+    assert (config.prediction, config.weighting) == (prediction, weighting)
 
 
 @pytest.mark.parametrize(
@@ -398,3 +413,123 @@ def test_config_of_a_dataset_of_ones_own():
     config = Config(dataset="mine", class_cond=True).resolve(data)
     assert config.network == "mlp"
     assert config.noise_copies == PRESETS["points"]["noise_copies"]
+
+
+# ---- size and purpose ----
+
+KINDS = {
+    "digits": (1, 8, 8),
+    "mnist": (1, 28, 28),
+    "fashion_mnist": (1, 28, 28),
+    "some/folder": (3, 32, 32),
+    "some/series.npy": (2, 500),
+    "moons": (2,),
+}
+
+
+def resolved(dataset, **fields):
+    """Return the Config that is chosen for a dataset."""
+    data = SimpleNamespace(classes=[], train_labels=None, event=KINDS[dataset])
+    return Config(dataset=dataset, **fields).resolve(data)
+
+
+def num_params(config):
+    with torch.device("meta"):
+        model = build_model(config, KINDS[config.dataset])
+    return sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.mark.parametrize("dataset", KINDS)
+def test_a_larger_size_is_a_larger_network(dataset):
+    small, middle, large = (num_params(resolved(dataset, size=size)) for size in "sml")
+    assert 3.5 * small < middle < 4.5 * small  # twice as wide
+    assert 2 * middle < large
+
+
+def test_size_s_is_the_preset_and_the_default():
+    for dataset in KINDS:
+        assert resolved(dataset, size="s") == resolved(dataset)
+    assert num_params(resolved("mnist")) == 608_804  # that of before there were sizes
+    assert num_params(resolved("some/folder")) == 1_057_324
+
+
+def test_size_l_of_color_images_is_of_the_class_of_ddpm():
+    """35.7 M weights, Ho et al. 2020, appendix B."""
+    config = resolved("some/folder", size="l")
+    assert 34e6 < num_params(config) < 37e6
+    assert config.attention_resolutions == [16]
+    assert (config.dropout, config.patch_size) == (0.1, 1)
+
+
+@pytest.mark.parametrize(
+    ("event", "attention"),
+    [
+        ((3, 32, 32), [16]),
+        ((3, 100, 64), [16]),
+        ((3, 48, 48), [12]),
+        ((3, 30, 45), [16]),  # padded to 32
+        ((3, 256, 256), []),  # the smallest map is 32
+    ],
+)
+def test_attention_of_a_size_is_on_the_largest_map_of_at_most_16(event, attention):
+    data = SimpleNamespace(classes=[], train_labels=None, event=event)
+    config = Config(dataset="mine", size="l").resolve(data)
+    assert config.attention_resolutions == attention
+    with torch.device("meta"):
+        build_model(config, event)  # raises where the maps have no such side
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dropout": 0.0},
+        {"attention_resolutions": []},
+        {"attention_resolutions": [8]},
+        {"channels_base": 32},
+        {"channel_mult": [1, 2]},
+        {"patch_size": 2, "blocks_per_level": 1},
+    ],
+)
+def test_a_field_that_is_given_wins_over_the_size(fields):
+    config = resolved("some/folder", size="l", **fields)
+    for name, value in fields.items():
+        assert getattr(config, name) == value
+    assert num_params(config) != num_params(resolved("some/folder"))
+
+
+def test_a_preset_of_ones_own_is_changed_by_size_as_its_kind(monkeypatch):
+    monkeypatch.setitem(PRESETS, "mine", PRESETS["images"] | {"noise_copies": 3})
+    data = SimpleNamespace(classes=[], train_labels=None, event=(3, 32, 32))
+    config = Config(dataset="mine", size="m").resolve(data)
+    assert config.noise_copies == 3
+    assert config.channels_base == SIZES["m"]["images"]["channels_base"]
+
+
+def test_a_preset_may_set_what_has_a_fallback(monkeypatch):
+    monkeypatch.setitem(PRESETS, "mine", PRESETS["images"] | {"lr": 0.5, "ema_decay": 0.25})
+    data = SimpleNamespace(classes=[], train_labels=None, event=(3, 32, 32))
+    config = Config(dataset="mine").resolve(data)
+    assert (config.lr, config.ema_decay) == (0.5, 0.25)
+    assert Config(dataset="mine", lr=1e-3).resolve(data).lr == 1e-3  # given, though the fallback
+    assert (resolved("digits").lr, resolved("digits").ema_decay) == (1e-3, 0.999)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_sizes_change_what_presets_name(size):
+    for dataset, changes in SIZES[size].items():
+        assert dataset in PRESETS
+        assert changes.keys() <= FIELDS.keys()
+
+
+@pytest.mark.parametrize("purpose", PURPOSES)
+@pytest.mark.parametrize("dataset", KINDS)
+def test_a_purpose_fits_all_data(purpose, dataset):
+    config = resolved(dataset, preset=purpose)
+    for name, value in PURPOSES[purpose].items():
+        assert getattr(config, name) == value
+    assert num_params(config) > 0
+
+
+def test_a_field_that_is_given_wins_over_the_purpose():
+    config = resolved("mnist", preset="likelihood", schedule="cosine")
+    assert (config.schedule, config.weighting, config.timesteps) == ("cosine", "v", 1000)

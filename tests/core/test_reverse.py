@@ -7,7 +7,15 @@ import torch
 from torch import nn
 
 from ddp.blocks import ACTIVATIONS, NORMS, Attention, Block, Layers
-from ddp.reverse import INITS, MLP, NETWORKS, UNet, fold_patches, unfold_patches
+from ddp.reverse import (
+    INITS,
+    MLP,
+    NETWORKS,
+    UNet,
+    fold_patches,
+    fourier_features,
+    unfold_patches,
+)
 
 NAMES = ("unet", "unet of sequences", "mlp")
 EVENTS = {"unet": (1, 8, 8), "unet of sequences": (3, 8), "mlp": (2,)}
@@ -271,3 +279,65 @@ def test_mlp_tells_close_points_apart_only_where_little_noise_is():
     apart = [(f[0, 2:] - f[1, 2:]).abs().max() for f in features]  # beyond the points themselves
     assert apart[0] > 1
     assert apart[1] < 0.1
+
+
+def fourier_unet(event=(1, 8, 8), **options):
+    options = {"channels_base": 16, "blocks_per_level": 1, "init": "default", **options}
+    return UNet(event, fourier_features=3, **options).eval()
+
+
+def seen_by(network):
+    """Return a list to which each call of a U-Net adds what its first layer sees."""
+    seen = []
+    network.conv_in.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    return seen
+
+
+@pytest.mark.parametrize("event", [(3, 8, 8), (1, 7, 5), (2, 12)])
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_unet_sees_fourier_features(event, patch_size):
+    network = fourier_unet(event, patch_size=patch_size)
+    seen = seen_by(network)
+    x_t, log_snr, _ = inputs(event)
+    assert network(x_t, log_snr).shape == x_t.shape
+    assert seen[0].shape[1] == 7 * event[0] * patch_size ** (len(event) - 1)
+    for_all = network(x_t, log_snr[1])
+    torch.testing.assert_close(for_all, network(x_t, log_snr[1].expand(3)), rtol=1e-5, atol=1e-5)
+
+
+def test_fourier_features_have_periods_of_gray_values():
+    """The first does not tell 256 values apart, but what lies between them; the second does."""
+    pixels = torch.arange(256.0)
+    x = (2 * pixels / 255 - 1)[:, None]  # (256, 1)
+    frequencies = fourier_unet().frequencies
+    features = fourier_features(x, torch.tensor(float("inf")), frequencies)  # (256, 6)
+    sin, cos = features.unflatten(1, (2, 3)).unbind(dim=1)  # (256, 3)
+    for j, period in enumerate((1, 2, 4)):
+        torch.testing.assert_close(sin[period:, j], sin[:-period, j], rtol=0, atol=1e-3)
+        torch.testing.assert_close(cos[period:, j], cos[:-period, j], rtol=0, atol=1e-3)
+    assert ((sin[1:, 1] - sin[:-1, 1]).abs() + (cos[1:, 1] - cos[:-1, 1]).abs()).min() > 1
+
+
+def test_fourier_features_are_damped_by_their_mean_over_the_noise():
+    """E[sin(f (x + sigma eps))] = exp(-sigma^2 f^2 / 2) sin(f x)."""
+    frequency = torch.tensor([3.0])
+    x, eps = torch.tensor(0.4), torch.randn(400_000, generator=torch.Generator().manual_seed(0))
+    for level in (-4.0, 0.0, 3.0):
+        log_snr = torch.tensor(level)
+        sigma = torch.sigmoid(-log_snr).sqrt()
+        mean = torch.sin(3 * (x + sigma * eps)).mean()
+        feature = fourier_features(x.reshape(1, 1), log_snr, frequency)[0, 0]
+        torch.testing.assert_close(feature, mean, rtol=0, atol=5e-3)
+
+
+def test_unet_in_bf16_sees_what_bf16_cannot_tell_apart():
+    """The features are taken in float32, of a folded network, too."""
+    network = fourier_unet(channels_base=32).requires_grad_(False)
+    network.fold_for_inference(torch.bfloat16)
+    assert network.frequencies.dtype == torch.float32
+    seen = seen_by(network)
+    for shift in (0, 1e-3):  # an eighth of a gray value; bf16 has steps of 1/256 here
+        network(torch.full((1, 1, 8, 8), -0.95 + shift), torch.tensor(14.0))
+    pixel, *features = (seen[0] - seen[1]).abs().amax(dim=(0, 2, 3)).float()
+    assert pixel == 0
+    assert max(features) > 0.2
