@@ -31,13 +31,14 @@ def flip(x0, seed, k, positions):
 
 
 def flip_where(chosen, x0, dim):
-    return torch.where(chosen.to(x0.device)[:, None, None, None], x0.flip(dim), x0)
+    chosen = chosen.to(x0.device, non_blocking=True)
+    return torch.where(chosen[:, None, None, None], x0.flip(dim), x0)
 
 
 def edm(x0, seed, k, positions):
     """Transform each image at random, and return what was done to it, too."""
     params = draw_params(seed, k, positions)
-    return transform(x0, params), params.to(x0.device)
+    return transform(x0, params), params.to(x0.device, non_blocking=True)
 
 
 def draw_params(seed, k, positions):
@@ -68,8 +69,9 @@ def transform(
     x0 = flip_where(params[:, 0] == 1, x0, -1)
     x0 = flip_where(params[:, 1] == 1, x0, -2)
     chosen = (params[:, 2:] != 0).any(dim=1).nonzero()[:, 0]
-    grid = sampling_grid(params[chosen, 2:], *x0.shape[-2:]).to(x0)
-    chosen = chosen.to(x0.device)
+    grid = sampling_grid(params[chosen, 2:], *x0.shape[-2:])
+    grid = grid.to(x0, non_blocking=True)
+    chosen = chosen.to(x0.device, non_blocking=True)
     x0[chosen] = F.grid_sample(
         x0[chosen], grid, "bicubic", padding_mode="reflection", align_corners=True
     )

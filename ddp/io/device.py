@@ -1,5 +1,7 @@
 """Device and precision selection."""
 
+import os
+
 import torch
 
 from ddp.optim import has_fast_bf16
@@ -15,6 +17,8 @@ def select_device(name="auto"):
             name = "mps"
     try:
         device = torch.device(name)
+        if device.type == "cuda":  # read once, before the first product of matrices
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or they add in any order
         torch.zeros(1, device=device).item()  # a build may know a device that this machine lacks
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
@@ -47,3 +51,15 @@ def set_tf32(allowed):
     precision = "tf32" if allowed else "ieee"
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision
+
+
+def set_deterministic(wanted, device):
+    """Choose whether kernels add in one order, so that a run has the same bits each time.
+
+    Else cuDNN takes the fastest it finds. A CPU's always add in one order. On a GPU the gradients
+    of attention may not, of which PyTorch warns."""
+    torch.backends.cudnn.deterministic = wanted
+    torch.backends.cudnn.benchmark = not wanted
+    if device.type == "cuda":
+        torch.use_deterministic_algorithms(wanted, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # costs a pass, finds bugs

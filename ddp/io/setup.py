@@ -1,10 +1,8 @@
 """A Trainer made ready: precision, weights to go on from, parts of a batch, threads."""
 
-import torch
-
 from ddp.distributed import parts_line
 from ddp.io.checkpoint import restore
-from ddp.io.device import select_precision, set_tf32
+from ddp.io.device import select_precision, set_deterministic, set_tf32
 from ddp.threads import choose_training_threads
 from ddp.training import Trainer
 
@@ -15,7 +13,7 @@ def build_trainer(config, dataset, device, state, tell):
     config: resolved, its shards chosen. tell: called with lines of text, such as print."""
     precision = select_precision(config.precision, device)
     set_tf32(precision != "fp32")
-    torch.backends.cudnn.deterministic = True  # else some of its kernels add in any order
+    set_deterministic(True, device)
     trainer = Trainer(config, dataset, device, precision)
     if state:
         restore(trainer, state)
