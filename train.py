@@ -83,7 +83,7 @@ def train_loop(trainer, run):
             run.log_step(stats)
             if finished or is_due(stats, config.save_every):
                 progress.tell(run.save(trainer, config.keep_checkpoints, finished))
-            if finished or is_due(stats, config.sample_every or config.save_every):
+            if finished or is_due(stats, config.sample_every or config.save_every, 5):
                 progress.tell(run.write_samples(trainer))
             progress.update(trainer.step, run.latest_loss)
             if not finished and stop.came():

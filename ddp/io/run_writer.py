@@ -281,13 +281,13 @@ class RunWriter:
         return f"step {trainer.step:,}: wrote {', '.join(str(p) for p in paths if p.exists())}"
 
 
-def is_due(stats, every):
+def is_due(stats, every, times=10):
     """Return whether something is to be done after a step, of which `stats` tells.
 
-    Every so many steps or, when that is None, at each tenth of the run."""
+    Every so many steps or, when that is None, so many times in the run."""
     if every:
         return stats.step % every == 0
-    return int(10 * stats.progress) > int(10 * stats.previous_progress)
+    return int(times * stats.progress) > int(times * stats.previous_progress)
 
 
 def draw_samples(trainer):
