@@ -1,150 +1,377 @@
-"""What each part of the reverse network and of its training is worth, measured without it.
+"""What each part of the network and of its training is worth, over training seeds.
 
-python benchmarks/ablation.py [--dataset digits] [--epochs 100] [--only "default norm=none"]
+python benchmarks/ablation.py --out ablation [--datasets digits] [--studies parts] [--workers 2]
 
-Every variant is trained from the same seed on the same batches for the same number of steps, and
-measured by the same code on the same noise and at the same noise levels. A variant changes what its
-name says and nothing else: what another default would follow from it stays as it is, and a
-prediction is to be compared with the row of its weighting. Prints a table and writes it to JSON.
+Each run is one dataset, one variant of the default and one training seed; its figures go to a file
+of their own in the folder, so that a second call goes on where the first was stopped, and any
+number of processes, on any machines that see the folder, may work on it at once. Variants come in
+the order of _ablation_grid.py, all seeds of one before the next. Prints a table of what is there
+and writes it, with a figure, into the folder: see _ablation_report.py.
 """
 
-import copy
 import dataclasses
-import math
+import fcntl
+import json
+import statistics
+import subprocess
 import sys
 import time
+from pathlib import Path
 
-from _common import make_parser, write_json
+import torch
+from _ablation_grid import DATASETS, POINTS, STUDIES, config_of, set_branches, spoil
+from _ablation_levels import LevelModel, batch_norms, mix_levels
+from _ablation_report import write_report
+from _common import cpu_name, make_parser
 from tqdm import tqdm
 
-from ddp.config import Config
-from ddp.data import load_dataset
+from ddp.data import load_dataset, to_pixels
 from ddp.io.cli import add_flag, command, require_at_least
-from ddp.io.device import select_device, select_precision
-from ddp.metrics.candidate import Candidate, EvaluateOptions, Reference, generate_samples
-from ddp.metrics.evaluate import MIN_ITEMS
+from ddp.io.device import sampling_dtype, select_device, select_precision
+from ddp.io.files import atomic_write
+from ddp.metrics.candidate import Candidate, EvaluateOptions, Reference, fresh_labels
+from ddp.metrics.distances import DISTANCES
+from ddp.metrics.features import classifier_space
+from ddp.metrics.fixed_features import pixel_features, value_features
 from ddp.metrics.likelihood_metrics import evaluate_loss
-from ddp.metrics.sample_metrics import distance_ratio
-from ddp.options import SamplerOptions
+from ddp.metrics.sample_metrics import rms_to_nearest
+from ddp.rng import derive_seed
+from ddp.sampling import sample
 from ddp.schedule import Schedule
 from ddp.training import Trainer
 
-VARIANTS = [
-    {},
-    {"norm": "group"},
-    {"norm": "none"},
-    {"activation": "relu"},
-    {"activation": "silu"},
-    {"negative_slope": 0.2},
-    {"dropout": 0.1},
-    {"init": "kaiming"},
-    {"init": "default"},
-    {"optimizer": "adamw"},
-    {"weighting": "snr"},
-    {"prediction": "eps", "weighting": "snr"},
-    {"weighting": "min_snr"},
-    {"prediction": "x0", "weighting": "min_snr"},
-    {"schedule": "linear"},
-    {"schedule": "sigmoid"},
-    {"timesteps": 0},
-]
+NFE = (3, 5, 10, 20, 50, 100, 1000)
+FEW_SAMPLES = 300  # at each of NFE
+FEW_SEEDS = 3  # of which what takes long is measured
+VAL_POINTS = 10  # in a run, at which its test loss is measured
+PACE_ROUNDS = 12  # pairs of steps that are timed
 
 
-def name_of(variant):
-    return ",".join(f"{name}={value}" for name, value in variant.items()) or "default"
+# ---- one run ----
 
 
-def config_of(variant, items, **fields):
-    """Return the Config of a variant: that of `fields` for a Dataset, but for what it names."""
-    return dataclasses.replace(Config(**fields).resolve(items), **variant)
-
-
-def train_variant(variant, dataset, args):
-    """Return (trainer, seconds per step, None), or the number of the step at which it diverged."""
-    fields = {"dataset": args.dataset, "data_dir": args.data_dir, "epochs": args.epochs}
-    config = config_of(variant, dataset, **fields)
-    device = select_device("auto")
-    trainer = Trainer(config, dataset, device, select_precision("auto", device))
-    steps = config.num_steps(len(dataset.train))
+def train(dataset, variant, fields, seed, device):
+    """Return (trainer, what is known of its run). Stops where the loss is not finite."""
+    default, config = config_of(variant, dataset, **fields, seed=seed)
+    items = spoil(dataset, variant, seed)
+    steps = default.num_steps(len(dataset.train))  # those of all items, however few there are
+    pace = 1.0
+    if variant.equal_seconds:
+        pace = relative_pace(dataset, default, config, device)
+        steps = round(steps * pace)
+    config = dataclasses.replace(config, epochs=None, max_steps=steps)
+    precision = select_precision(config.precision, device)
+    trainer = Trainer(config, items, device, precision)
+    if variant.zero_init is not None:
+        for model in (trainer.model, trainer.ema):
+            torch.manual_seed(derive_seed(seed, "benchmark", 0))
+            set_branches(model.network, variant.zero_init)
+    if variant.level_groups:
+        mix_levels(trainer, variant.level_groups)
+    averaged = BufferAverage(trainer) if "statistics" in variant.evaluate else None
+    about = {"steps": steps, "pace": pace, "precision": precision, "device": str(device)}
+    about |= {"curve": [], "diverged": None}  # curve: rows of (step, test loss, training loss)
     started = time.monotonic()
-    for step in tqdm(range(steps), desc=name_of(variant), leave=False, disable=None):
+    for step in range(steps):
         stats = trainer.train_step(step / steps)
-        if not stats.loss.isfinite():
-            return trainer, None, step
-    return trainer, (time.monotonic() - started) / steps, None
+        if averaged:
+            averaged.update()
+        if (step + 1) % max(1, steps // VAL_POINTS) == 0:
+            if not stats.loss.isfinite():
+                about["diverged"] = step + 1
+                break
+            started_pause = time.monotonic()
+            trainer.recalibrated_ema()
+            about["curve"].append([step + 1, trainer.val_loss(), stats.loss.item()])
+            started += time.monotonic() - started_pause
+    about["step_ms"] = 1000 * (time.monotonic() - started) / trainer.step
+    trainer.averaged = averaged
+    return trainer, about
 
 
-def measure(variant, dataset, args):
-    """Return one row of the table: a variant trained and measured."""
-    trainer, step_seconds, diverged = train_variant(variant, dataset, args)
-    if diverged is not None:
-        return {"variant": name_of(variant), "diverged": diverged}
+def relative_pace(dataset, default, config, device):
+    """Return the time of a step of the default over that of a config's, both on one thread.
+
+    In turn, by the processor time of this process, which others on the machine hardly change."""
+    trainers = []
+    for one in (default, config):
+        trainers.append(Trainer(one, dataset, device, select_precision(one.precision, device)))
+    ratios = []
+    for _ in range(PACE_ROUNDS):
+        seconds = []
+        for trainer in trainers:
+            started = time.process_time()
+            trainer.train_step(0.0)
+            seconds.append(time.process_time() - started)
+        ratios.append(seconds[0] / seconds[1])
+    return statistics.median(ratios)
+
+
+class BufferAverage:
+    """The running statistics of the raw model, averaged as its weights are."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.values = [x.clone() for x in running_statistics(trainer.model)]
+
+    def update(self):
+        step = self.trainer.step
+        decay = min(self.trainer.config.ema_decay, step / (step + 9))
+        torch._foreach_lerp_(self.values, running_statistics(self.trainer.model), 1 - decay)
+
+
+def running_statistics(model):
+    """Return the running means and variances of a model's BatchNorms, a list."""
+    return [x for norm in batch_norms(model) for x in (norm.running_mean, norm.running_var)]
+
+
+class RealItems:
+    """The real items of a dataset and how sets are compared with them; the same for all runs."""
+
+    def __init__(self, dataset, num_samples, device):
+        options = EvaluateOptions(num_samples=num_samples, vlb_items=num_samples)
+        if len(dataset.test) < num_samples:
+            options = dataclasses.replace(options, reference="train")
+        self.options = options.resolve(dataset, [])
+        self.reference = Reference(dataset, self.options, device)
+        self.dataset = dataset
+        is_image = dataset.is_pixels
+        self.classifier = classifier_space(dataset, device=device) if is_image else None
+        self.floor = self.distances(self.reference.baseline)
+
+    def distances(self, samples):
+        """Return the distances of samples (N, *event) to as many real items: name -> float."""
+        real = self.reference.items[: len(samples)]
+        figures = {}
+        if self.classifier is None:
+            features = [value_features(x) for x in (samples, real)]
+            for name in ("sliced_wasserstein", "histogram_kl", "wasserstein2"):
+                limit = DISTANCES[name].max_items
+                figures |= DISTANCES[name](*[x[:limit] for x in features])
+            return figures
+        features = [self.classifier.features(x) for x in (samples, real)]
+        figures |= DISTANCES["fd"](*features)
+        figures |= DISTANCES["prdc"](*features)
+        probs = self.classifier.class_probs(samples)
+        figures["confident"] = (probs.amax(dim=1) > 0.9).double().mean().item()
+        figures["pixel_fd"] = DISTANCES["fd"].function(
+            *[pixel_features(x) for x in (samples, real)]
+        )
+        return figures
+
+    def samples(self, model, count, seed, **options):
+        """Return samples (N, *event) of a model, as the data is."""
+        reference = self.reference
+        parts = []
+        for indices in torch.arange(min(count, len(reference.items))).split(500):
+            label = None
+            if model.num_classes:
+                label = fresh_labels(reference.labels, len(reference.items))[indices]
+                label = label.to(model.device)
+            x0 = sample(model, indices, seed, label, **options)
+            parts.append((to_pixels(x0) if model.is_pixels else x0).cpu())
+        return torch.cat(parts), label_table(reference, count) if model.num_classes else None
+
+    def figures(self, model, sampling_model, seed):
+        """Return all figures of a model: its test loss and its samples' distances."""
+        candidate = Candidate("", about={}, model=model)
+        levels = evaluate_loss(candidate, self.reference, self.options)
+        v_losses = [level["v"].value for level in levels.values()]
+        figures = {"v_loss": sum(v_losses) / len(v_losses)}
+        samples, labels = self.samples(sampling_model, self.options.num_samples, seed)
+        figures |= self.distances(samples)
+        if labels is not None:
+            predicted = self.classifier.class_probs(samples).argmax(dim=1)
+            figures["label_accuracy"] = (predicted == labels).double().mean().item()
+        return figures, samples
+
+
+def label_table(reference, count):
+    return fresh_labels(reference.labels, len(reference.items))[:count]
+
+
+def at_default_levels(model):
+    """Let the loss of a model be measured at the levels of the default schedule."""
+    model.schedule = Schedule().to(model.device)
+    return model
+
+
+def figures_of(model, trainer, real):
+    """Return the figures of a model of a trainer, and its samples."""
+    plain = at_default_levels(model.for_inference())
+    return real.figures(plain, model.for_inference(fast_dtype(trainer)), trainer.config.seed)
+
+
+def fast_dtype(trainer):
+    """Return the dtype in which samples are drawn: points are not drawn in bfloat16."""
+    if trainer.model.is_image:
+        return sampling_dtype("auto", trainer.precision, trainer.device)
+    return torch.float32
+
+
+def by_nfe(trainer, real):
+    """Yield (name, figures) of samples in few and in many steps of an ODE solver."""
+    seed = trainer.config.seed
+    model = trainer.recalibrated_ema().for_inference(fast_dtype(trainer))
+    for steps in NFE if seed == 0 else NFE[:-1]:
+        drawn, _ = real.samples(model, FEW_SAMPLES, seed, sampler="dpmpp_2m", steps=steps)
+        yield f"nfe={steps}", real.distances(drawn)
+
+
+def by_statistics(trainer, real):
+    """Yield (name, figures) of the raw weights, and of the EMA with other BatchNorm statistics."""
+    yield "raw weights", figures_of(trainer.model.eval(), trainer, real)[0]
     model = trainer.recalibrated_ema()
-    at_same_levels = copy.deepcopy(model)
-    at_same_levels.schedule = Schedule()  # of the default, whatever the variant's own
-    candidate = Candidate(
-        name_of(variant),
-        about={},
-        model=at_same_levels,
-        sampling_model=model,
-        sampler_options=SamplerOptions().resolve(model),
-    )
-    options = EvaluateOptions(num_samples=args.samples, vlb_items=args.samples)
-    options = options.resolve(dataset, [candidate])
-    reference = Reference(dataset, options)
-    samples = generate_samples(candidate, reference, options)
-    levels = evaluate_loss(candidate, reference, options)  # noise level -> Estimates
-    v_losses = [level["v"].value for level in levels.values()]
-    return {
-        "variant": name_of(variant),
-        "step_ms": 1000 * step_seconds,
-        "v_loss": sum(v_losses) / len(v_losses),
-        "ratio": distance_ratio(samples, reference),
-        "config": dataclasses.asdict(trainer.config),
-    }
+    recomputed = [x.clone() for x in running_statistics(model)]
+    others = {"copied": running_statistics(trainer.model), "averaged": trainer.averaged.values}
+    for name, values in others.items():
+        torch._foreach_copy_(running_statistics(model), values)
+        yield f"statistics {name}", figures_of(model, trainer, real)[0]
+    torch._foreach_copy_(running_statistics(model), recomputed)
 
 
-def line_of(row, first):
-    """Return a row of the table as text; it is compared with the row `first`."""
-    if "diverged" in row:
-        return f"{row['variant']:<28} diverged at step {row['diverged']}"
-    loss_ratio = row["v_loss"] / first.get("v_loss", math.nan)
-    time_ratio = row["step_ms"] / first.get("step_ms", math.nan)
-    return (
-        f"{row['variant']:<28} {row['v_loss']:8.4f} {loss_ratio:17.3f} "
-        f"{row['ratio']:14.2f} {time_ratio:8.2f}x"
-    )
+def by_level(trainer, real):
+    """Yield (name, figures) of the EMA with statistics of each noise level, whole and half."""
+    for share in (1.0, 0.5):
+        models = [
+            LevelModel(trainer, share, dtype) for dtype in (torch.float32, fast_dtype(trainer))
+        ]
+        yield f"statistics by level x {share:g}", real.figures(*models, trainer.config.seed)[0]
+
+
+EVALUATIONS = {"nfe": by_nfe, "statistics": by_statistics, "by_level": by_level}
+
+
+def evaluate_run(trainer, variant, real):
+    """Return name -> figures of a finished run: "", its own, and those of `variant.evaluate`."""
+    figures, samples = figures_of(trainer.recalibrated_ema(), trainer, real)
+    if variant.items:
+        seen = trainer.dataset.train.cpu()
+        near, _ = rms_to_nearest(samples, seen)
+        unseen, _ = rms_to_nearest(real.reference.items, seen)
+        figures["nn_distance_ratio"] = (near.median() / unseen.median()).item()
+    rows = {"": figures}
+    for name in variant.evaluate:
+        if name == "statistics" or trainer.config.seed < FEW_SEEDS:
+            rows |= EVALUATIONS[name](trainer, real)
+    return rows
+
+
+# ---- the folder of results ----
+
+
+def result_path(out, dataset, variant, seed):
+    name = "".join(c if c.isalnum() or c in "=.,-" else "_" for c in variant.name)
+    return Path(out) / dataset / f"{name}-{seed}.json"
+
+
+def claim(path):
+    """Return a lock on the run of a result, or None: it is done, or another process is at it.
+
+    The lock is the system's: it ends with the process, however that ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mark = open(path.with_suffix(".lock"), "w")  # noqa: SIM115
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        mark.close()
+        return None
+    if path.exists():
+        mark.close()
+        return None
+    return mark
+
+
+def work(args, runs):
+    """Do every run that nobody has done or does, in their order."""
+    device = select_device(args.device)
+    references = {}
+    for name, variant, seed in tqdm(runs, disable=None):
+        path = result_path(args.out, name, variant, seed)
+        lock = claim(path) if time.monotonic() < args.deadline else None
+        if lock is None:
+            continue
+        if name not in references:
+            dataset = load_dataset(args.data.get(name, name), args.data_dir)
+            references[name] = RealItems(dataset, args.samples, device)
+        real = references[name]
+        fields = {"dataset": args.data.get(name, name), **DATASETS[name]}
+        if args.max_steps:
+            fields |= {"epochs": None, "max_steps": args.max_steps}
+        trainer, about = train(real.dataset, variant, fields, seed, device)
+        about |= {"dataset": name, "variant": variant.name, "seed": seed}
+        about |= {"cpu": cpu_name(), "torch": torch.__version__}
+        rows = {}
+        if about["diverged"] is None:
+            try:
+                rows = evaluate_run(trainer, variant, real)
+                if "by_level" in variant.evaluate and seed == 0:
+                    about["levels"] = LevelModel(trainer).differences()
+            except FloatingPointError:  # its weights or samples are not finite
+                about["diverged"] = about["steps"]
+        about |= {"rows": rows, "floor": real.floor}
+        atomic_write(path, lambda new, about=about: Path(new).write_text(json.dumps(about)))
+        lock.close()
 
 
 def parse(arguments=None):
     parser = make_parser(__doc__, "ablation.py")
-    add_flag(parser, "dataset", default="digits", help="a dataset by name (default: digits)")
+    names = ",".join(DATASETS)
+    add_flag(parser, "datasets", default="digits", help=f"some of {names} (default: digits)")
+    studies = f"some of {','.join(STUDIES)} (default: parts)"
+    add_flag(parser, "studies", default="parts", help=studies)
+    add_flag(parser, "only", help="names of variants as the table shows them, with ; between")
     add_flag(parser, "data_dir", default="data", help="where datasets lie (default: data)")
-    add_flag(parser, "epochs", type=float, default=100, help="length of a run (default: 100)")
-    samples = "samples, and test items for the loss (default: 2000)"
-    add_flag(parser, "samples", type=int, default=2000, help=samples)
-    names = "names of variants as the table shows them, with spaces between (default: all)"
-    add_flag(parser, "only", help=names)
-    add_flag(parser, "out", default="ablation.json", help="file for the table")
+    help = "folder or .zip of CIFAR-10's images, for cifar10 (default: none)"
+    add_flag(parser, "cifar10", help=help)
+    add_flag(parser, "samples", type=int, default=2000, help="samples (default: 2000)")
+    add_flag(parser, "seeds", type=int, help="training seeds (default: 5 or 3, by variant)")
+    add_flag(parser, "max_steps", type=int, help="steps of a run (default: by dataset)")
+    add_flag(parser, "minutes", type=float, help="begin no run after so many")
+    add_flag(parser, "workers", type=int, default=1, help="processes (default: 1)")
+    add_flag(parser, "device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
+    add_flag(parser, "out", default="ablation", help="folder for results (default: ablation)")
+    add_flag(parser, "report", action="store_true", help="train nothing, write the report")
     return parser.parse_args(arguments)
 
 
+def list_runs(args):
+    """Return the runs that the flags ask for, in order: (dataset, variant, seed)."""
+    runs = []
+    for name in args.datasets.split(","):
+        if name not in DATASETS:
+            raise ValueError(f"datasets={name}: expected some of {', '.join(DATASETS)}")
+    for study in args.studies.split(","):
+        if study not in STUDIES:
+            raise ValueError(f"studies={study}: expected some of {', '.join(STUDIES)}")
+        for name in args.datasets.split(","):
+            for variant in STUDIES[study]():
+                if args.only and variant.name not in args.only.split(";"):
+                    continue
+                if name in POINTS and not variant.is_for_points:
+                    continue
+                runs += [(name, variant, seed) for seed in range(args.seeds or variant.seeds)]
+    if not runs:
+        raise ValueError(f"only={args.only}: no variant of studies={args.studies} has such a name")
+    return runs
+
+
 def main(args):
-    require_at_least(args, epochs=1e-9, samples=MIN_ITEMS)
-    variants = {name_of(variant): variant for variant in VARIANTS}
-    chosen = args.only.split() if args.only else list(variants)
-    for name in chosen:
-        if name not in variants:
-            raise ValueError(f"only={name}: expected some of {' '.join(variants)}")
-    titles = f"{'v loss':>8} {'ratio to default':>17} {'distance/real':>14} {'step':>9}"
-    print(f"{'variant':<28} {titles}")
-    dataset = load_dataset(args.dataset, args.data_dir)
-    rows = []
-    for name in chosen:
-        rows.append(measure(variants[name], dataset, args))
-        print(line_of(rows[-1], rows[0]), flush=True)
-    write_json(args.out, {"rows": rows})
-    return 0
+    require_at_least(args, samples=4, workers=1)
+    args.data = {"cifar10": args.cifar10} if args.cifar10 else {}
+    args.deadline = time.monotonic() + 60 * (args.minutes or 1e9)
+    runs = list_runs(args)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    others = []
+    if not args.report:
+        for _ in range(args.workers - 1):
+            arguments = [*sys.argv[1:], "--workers", "1"]
+            others.append(subprocess.Popen([sys.executable, __file__, *arguments]))
+        work(args, runs)
+    codes = [process.wait() for process in others]
+    print(write_report(out))
+    return max(codes, default=0)
 
 
 if __name__ == "__main__":

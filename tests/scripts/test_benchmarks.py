@@ -102,14 +102,33 @@ def test_schedules_need_continuous_time(folder):
     assert "timesteps" in error
 
 
-def test_ablation(folder):
-    flags = ["--epochs", 0.05, "--samples", 40, "--only", "default norm=none"]
-    out = run("ablation.py", *flags, cwd=folder)
-    assert "norm=none" in out
-    rows = read_json(folder / "ablation.json")["rows"]
-    assert [row["config"]["norm"] for row in rows] == ["batch", "none"]
-    assert f"{rows[1]['v_loss']:.4f}" in out
-    assert "only=norm=nothing" in refused("ablation.py", "--only", "norm=nothing", cwd=folder)
+def test_ablation(folder, monkeypatch):
+    import ablation
+
+    monkeypatch.setitem(ablation.DATASETS, "digits", {"max_steps": 4, "channels_base": 8})
+    monkeypatch.setattr(ablation, "NFE", (2,))
+    monkeypatch.chdir(folder)
+    flags = ["--samples", "40", "--only", "default;norm=none", "--seeds", "2"]
+    args = ablation.parse([*flags, "--out", "results"])
+    assert ablation.main(args) == 0
+    report = read_json(folder / "results" / "report.json")["digits"]
+    none = report["norm=none"]
+    assert none["seeds"] == [0, 1]
+    low, high = none["v_loss"]["less_default"]["interval"]
+    assert low < none["v_loss"]["mean"] - report["default"]["v_loss"]["mean"] < high
+    assert {"default, nfe=2", "default, raw weights", "default, statistics averaged"} <= {*report}
+    one = folder / "results" / "digits" / "norm=none-1.json"
+    before = one.stat().st_mtime_ns
+    (folder / "results" / "digits" / "norm=none-0.json").unlink()
+    assert ablation.main(args) == 0  # goes on: only what is missing
+    assert one.stat().st_mtime_ns == before
+    assert (folder / "results" / "digits" / "norm=none-0.json").exists()
+
+
+def test_ablation_refuses_what_it_does_not_know(folder):
+    assert "studies=part" in refused("ablation.py", "--studies", "part", cwd=folder)
+    assert "datasets=digit" in refused("ablation.py", "--datasets", "digit", cwd=folder)
+    assert "norm=nothing" in refused("ablation.py", "--only", "norm=nothing", cwd=folder)
 
 
 def test_metric_sensitivity(folder):
