@@ -155,8 +155,30 @@ def draw(report, path):
     plt.close(figure)
 
 
+def draw_levels(levels, path):
+    """Draw how far BatchNorm's statistics of a level are from the mixture's, by layer: a PNG."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    titles = {
+        "mean": "difference of means, in standard deviations of the mixture",
+        "std": "standard deviation over that of the mixture",
+    }
+    colors = plt.get_cmap("viridis").resampled(len(levels["layers"]))
+    for axis, (name, title) in zip(axes, titles.items(), strict=True):
+        for i, layer in enumerate(levels["layers"]):
+            values = [row[i] for row in levels[name]]
+            style = "--" if layer.endswith("norm1") else "-"
+            label = layer.removeprefix("network.") if name == "mean" else None
+            axis.plot(levels["log_snr"], values, style, color=colors(i), label=label)
+        axis.set_title(title)
+        axis.set_xlabel("log-SNR (left: noise, right: data)")
+        axis.grid(alpha=0.3)
+    figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def write_report(out):
-    """Write report.json, report.md and report.png into the folder of results; return the tables."""
+    """Write the report into the folder of results: tables, JSON, figures; return the tables."""
     out = Path(out)
     report = {}
     lines = []
@@ -170,4 +192,8 @@ def write_report(out):
     (out / "report.json").write_text(json.dumps(report, indent=1))
     (out / "report.md").write_text("\n".join(lines))
     draw(report, out / "report.png")
+    for path in sorted(out.glob("*/default-0.json")):
+        levels = json.loads(path.read_text()).get("levels")
+        if levels:
+            draw_levels(levels, out / f"levels-{path.parent.name}.png")
     return "\n".join(lines)

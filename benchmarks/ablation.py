@@ -35,7 +35,6 @@ from ddp.metrics.features import classifier_space
 from ddp.metrics.fixed_features import pixel_features, value_features
 from ddp.metrics.likelihood_metrics import evaluate_loss
 from ddp.metrics.sample_metrics import rms_to_nearest
-from ddp.rng import derive_seed
 from ddp.sampling import sample
 from ddp.schedule import Schedule
 from ddp.training import Trainer
@@ -64,7 +63,7 @@ def train(dataset, variant, fields, seed, device):
     trainer = Trainer(config, items, device, precision)
     if variant.zero_init is not None:
         for model in (trainer.model, trainer.ema):
-            torch.manual_seed(derive_seed(seed, "benchmark", 0))
+            torch.manual_seed(seed)
             set_branches(model.network, variant.zero_init)
     if variant.level_groups:
         mix_levels(trainer, variant.level_groups)

@@ -27,7 +27,7 @@ from ddp.io.cli import add_flag, command
 from ddp.io.device import select_device, set_deterministic
 from ddp.io.memory import fit_shards
 from ddp.io.setup import build_trainer
-from ddp.rng import normal, random_words
+from ddp.rng import normal, uniform
 from ddp.sampling import SAMPLERS, sample
 
 SMALL = {"channels_base": 16, "blocks_per_level": 1, "channel_mult": [1, 2], "batch_size": 32}
@@ -102,14 +102,13 @@ def digest(trainer):
 def check_random_numbers(bench):
     """The keyed bits are the same on both devices, the normal numbers but for rounding."""
     indices = torch.arange(64)
-    key = (0, "x_T", 3)
-    on_cpu = random_words(*key, indices, 768)
-    on_gpu = random_words(*key, indices.to(bench.device), 768)
-    assert torch.equal(on_cpu, on_gpu.cpu()), "other bits"
-    eps = normal(*key, indices, (3, 32, 32))
-    difference = (normal(*key, indices.to(bench.device), (3, 32, 32)).cpu() - eps).abs()
+    event = (3, 32, 32)
+    u = uniform(0, "benchmark", 3, indices, event)
+    assert torch.equal(u, uniform(0, "benchmark", 3, indices.to(bench.device), event).cpu()), "bits"
+    eps = normal(0, "x_T", 3, indices, event)
+    difference = (normal(0, "x_T", 3, indices.to(bench.device), event).cpu() - eps).abs()
     assert difference.max() < 1e-4, f"differ by {difference.max():g}"
-    return f"words equal; normal differ by at most {difference.max():.2g}"
+    return f"uniform equal; normal differ by at most {difference.max():.2g}"
 
 
 def check_datasets(bench):

@@ -273,7 +273,7 @@ class Config:
             raise ValueError(f"{names} are for images and sequences, not points")
         if kind != "images" and self.augment != "none":
             raise ValueError(f"augment={self.augment} is for images, not {kind}")
-        preset = FALLBACKS | preset_of(self.dataset, kind, self.size)
+        preset = FALLBACKS | preset_of(self.dataset, kind, self.size, self.preset)
         preset.setdefault("network", "mlp" if kind == "points" else "unet")
         preset["shards"] = default_shards()
         chosen = {name: value for name, value in preset.items() if getattr(self, name) is None}

@@ -81,12 +81,22 @@ PURPOSES = {
     # fraction of its gray value (Kingma et al. 2021); measured: docs/training.md, Likelihood
     "likelihood": {"schedule": "learned", "patch_size": 1, "fourier_features": 8},
 }
+# What it changes of a network of size s, by kind: without patches a block sees four times the
+# pixels, so it has fewer channels.
+PURPOSE_NETWORKS = {
+    "likelihood": {
+        "images": {"channels_base": 16, "blocks_per_level": 2, "channel_mult": [1, 2, 2]}
+    }
+}
 
 
-def preset_of(dataset, kind, size="s"):
-    """Return the fields of Config that are chosen for a dataset of a kind and a size, a dict."""
+def preset_of(dataset, kind, size="s", purpose="samples"):
+    """Return the fields of Config that are chosen for a dataset, its kind, a size and a purpose."""
     changes = SIZES[size]
-    return PRESETS.get(dataset, PRESETS[kind]) | changes.get(dataset, changes.get(kind, {}))
+    preset = PRESETS.get(dataset, PRESETS[kind]) | changes.get(dataset, changes.get(kind, {}))
+    if size == "s":
+        preset |= PURPOSE_NETWORKS.get(purpose, {}).get(kind, {})
+    return preset
 
 
 # Names of before version 0.2, still read in checkpoints and as flags.

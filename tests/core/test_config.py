@@ -533,3 +533,11 @@ def test_a_purpose_fits_all_data(purpose, dataset):
 def test_a_field_that_is_given_wins_over_the_purpose():
     config = resolved("mnist", preset="likelihood", schedule="cosine")
     assert (config.schedule, config.weighting, config.timesteps) == ("cosine", "v", 1000)
+
+
+def test_likelihood_has_a_smaller_network_of_images_without_patches():
+    config = resolved("mnist", preset="likelihood")
+    assert (config.patch_size, config.fourier_features, config.schedule) == (1, 8, "learned")
+    assert num_params(config) == 184_789
+    larger = resolved("mnist", preset="likelihood", size="m")
+    assert num_params(larger) > num_params(resolved("mnist", size="m"))

@@ -479,6 +479,7 @@ def test_ema_is_the_recurrence():
 def test_gradient_accumulation_is_the_mean_of_its_batches():
     """Without BatchNorm, they are one large batch."""
     fields = {"norm": "none", "batch_size": 4, "grad_clip": 0.0, "noise_copies": 1, "seed": 3}
+    fields["prediction"] = "v"  # whose weighting twin_loss has
     trainer = tiny_trainer(grad_accumulation=4, **fields)
     twin = tiny_trainer(**fields)
     losses = []

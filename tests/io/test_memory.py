@@ -26,6 +26,7 @@ from ddp.training import Trainer
 
 CPU = torch.device("cpu")
 SMALL = {"channels_base": 8, "blocks_per_level": 1, "warmup": 2, "batch_size": 64}
+TWO_LEVELS = {"channel_mult": [2, 2], "patch_size": 1, "noise_copies": 2}  # of images
 
 
 def images(side, count=4):
@@ -67,7 +68,8 @@ def saved_bytes(trainer):
 def test_estimate_is_what_a_step_takes(dataset, fields, precision, monkeypatch):
     monkeypatch.setattr(memory, "BN_BATCH_IMAGES", 2)
     monkeypatch.setattr(memory, "BN_BATCH_POINTS", 2)
-    config = Config(dataset=dataset, **{**SMALL, **fields})
+    levels = TWO_LEVELS if dataset == "digits" else {}
+    config = Config(dataset=dataset, **{**SMALL, **levels, **fields})
     is_mine = dataset == "sequences"  # (C, L)
     items = Dataset("mine", *[torch.randn(64, 3, 64)] * 2) if is_mine else load_dataset(dataset)
     trainer = Trainer(config, items, precision=precision)
@@ -163,7 +165,7 @@ def test_estimate_follows_what_is_alive_in_a_step(fields, monkeypatch):
     peaks = []
     estimates = []
     for more in ({}, fields):
-        config = Config(**{**SMALL, "blocks_per_level": 3, **more})
+        config = Config(**{**SMALL, **TWO_LEVELS, "blocks_per_level": 3, **more})
         trainer = Trainer(config, dataset)
         with LiveBytes() as live:
             trainer.train_step(0.0)

@@ -648,7 +648,10 @@ TRAIN_LINES = [
     "--schedule sigmoid --timesteps 20 --prediction x0 --weighting uniform "
     "--loss mse --activation leaky_relu --negative_slope 0.2",
     "--schedule cosine --timesteps 20 --prediction eps --weighting snr --noise_dist stratified",
-    "--weighting min_snr --norm none --init default --lr_schedule constant --augment none",
+    "--weighting min_snr --norm none --init default --lr_schedule constant --augment none "
+    "--size s --preset samples --fourier_features 2",
+    "--size m --preset likelihood --channels_base 8 --blocks_per_level 1",
+    "--size l --channels_base 16 --blocks_per_level 1",
 ]
 
 
