@@ -7,7 +7,7 @@ import _common  # noqa: F401  so that ddp is found
 import torch
 from torch import nn
 
-from ddp.blocks import NORMS, Attention, Block
+from ddp.blocks import Attention, Block
 from ddp.config import Config
 from ddp.data import permutation
 from ddp.reverse import UNet
@@ -247,9 +247,8 @@ class NoMeanBatchNorm1d(nn.BatchNorm1d):
         return NoMeanBatchNorm.forward(self, x[:, :, None, None])[:, :, 0, 0]
 
 
-NORMS["batch_no_mean"] = lambda channels, dims: (
-    NoMeanBatchNorm(channels) if dims == 2 else NoMeanBatchNorm1d(channels)
-)
+def batch_no_mean(channels, dims):
+    return NoMeanBatchNorm(channels) if dims == 2 else NoMeanBatchNorm1d(channels)
 
 
 @torch.no_grad()

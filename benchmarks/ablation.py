@@ -19,12 +19,13 @@ import time
 from pathlib import Path
 
 import torch
-from _ablation_grid import DATASETS, POINTS, STUDIES, config_of, set_branches, spoil
+from _ablation_grid import DATASETS, POINTS, STUDIES, batch_no_mean, config_of, set_branches, spoil
 from _ablation_levels import LevelModel, batch_norms, mix_levels
 from _ablation_report import write_report
 from _common import cpu_name, make_parser
 from tqdm import tqdm
 
+from ddp.blocks import NORMS
 from ddp.data import load_dataset, to_pixels
 from ddp.io.cli import add_flag, command, require_at_least
 from ddp.io.device import sampling_dtype, select_device, select_precision
@@ -283,6 +284,7 @@ def claim(path):
 
 def work(args, runs):
     """Do every run that nobody has done or does, in their order."""
+    NORMS["batch_no_mean"] = batch_no_mean
     device = select_device(args.device)
     references = {}
     for name, variant, seed in tqdm(runs, disable=None):

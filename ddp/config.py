@@ -14,7 +14,7 @@ from ddp.loss import LOSSES, WEIGHTINGS
 from ddp.model import PREDICTIONS
 from ddp.noise_dist import NOISE_DISTS
 from ddp.options import HIDDEN, check_fields, count_or_auto, flag, image_size, integers, shown
-from ddp.presets import PURPOSES, SIZES, preset_of
+from ddp.presets import PRESETS, PURPOSES, SIZES, preset_of  # noqa: F401
 from ddp.reverse import INITS, NETWORKS, feature_sides
 from ddp.schedule import SCHEDULES
 from ddp.training import LR_SCHEDULES

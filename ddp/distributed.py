@@ -69,11 +69,11 @@ def leave(code):
     """End this process of a launch as soon as all others come here, too; without torchrun, return.
 
     At once, with its exit code: while Python tidies up, the threads of gloo and of the store may
-    abort a process whose work is done. After a failure the others are not waited for."""
+    abort a process whose work is done. A process that failed does not come here: while it tidies
+    up, the others learn of it and write what they have."""
     if STORE is None:
         return
-    if not FAILED:
-        torch.distributed.barrier()  # else the first to end would look like one that was lost
+    torch.distributed.barrier()  # else the first to end would look like one that was lost
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

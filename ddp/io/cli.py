@@ -324,5 +324,4 @@ def command(
                 code, line = exit_status(error)
                 script = os.path.basename(sys.modules[main.__module__].__file__)
                 print(f"{script}: {line}", file=stderr)
-            leave(code)
         return code

@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT
 from oracles import Gaussian, OracleModel
 
-from ddp.blocks import Block
+from ddp.blocks import NORMS, Block
 from ddp.data import Dataset
 from ddp.model import build_model
 from ddp.optim import build_optimizers
@@ -18,11 +18,16 @@ from ddp.schedule import Schedule
 from ddp.training import Trainer
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from _ablation_grid import NORMS, STUDIES, Variant, config_of, set_branches, spoil
+from _ablation_grid import STUDIES, Variant, batch_no_mean, config_of, set_branches, spoil
 from _ablation_levels import LevelModel, mix_levels
 from schedules import FIXED, cases, measure
 
 SMALL = {"channels_base": 8, "blocks_per_level": 1}
+
+
+@pytest.fixture(autouse=True)
+def norms(monkeypatch):
+    monkeypatch.setitem(NORMS, "batch_no_mean", batch_no_mean)  # as the benchmark does
 
 
 def images(name):
