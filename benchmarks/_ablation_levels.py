@@ -4,18 +4,14 @@ import copy
 
 import _common  # noqa: F401  so that ddp is found
 import torch
-from torch import nn
 
+from ddp.blocks import batch_norms
 from ddp.forward import q_sample
-from ddp.validation import BN_BATCH_IMAGES, BN_BATCH_POINTS
+from ddp.validation import set_statistics, statistics_batch
 
 BATCHES = 2  # by which statistics of a level are measured; of one level they vary less
 
 SHOWN_LOG_SNR = torch.linspace(-9, 9, 19)  # at which statistics are compared
-
-
-def batch_norms(model):
-    return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def mix_levels(trainer, groups):
@@ -66,27 +62,19 @@ class LevelModel:
         trainer = self.trainer
         model = copy.deepcopy(self.mixture)
         norms = batch_norms(model)
-        before = [(norm.running_mean.clone(), norm.running_var.clone()) for norm in norms]
-        sums = [[0.0, 0.0] for _ in norms]
-        size = BN_BATCH_IMAGES if len(trainer.dataset.event) > 1 else BN_BATCH_POINTS
-        for norm in norms:
-            norm.momentum = None
-            norm.train()
-        for k in range(BATCHES):
-            for norm in norms:
-                norm.reset_running_stats()
-            x0, label = trainer.training_batch(k, size)
+        mixture = [torch.stack([norm.running_mean, norm.running_var]) for norm in norms]
+
+        def show(k):
+            x0, label = statistics_batch(trainer, k)
             log_snr = torch.full((len(x0),), level, device=trainer.device)
+            x_t = q_sample(x0, log_snr, trainer.eps(k, x0, purpose="bn"))
             with trainer.autocast():
-                model.denoise(
-                    q_sample(x0, log_snr, trainer.eps(k, x0, purpose="bn")), log_snr, label
-                )
-            for total, norm in zip(sums, norms, strict=True):
-                total[0] = total[0] + norm.running_mean / BATCHES
-                total[1] = total[1] + norm.running_var / BATCHES
-        for norm, (mean, var), old in zip(norms, sums, before, strict=True):
-            norm.running_mean.copy_(torch.lerp(old[0], mean, self.share))
-            norm.running_var.copy_(torch.lerp(old[1], var, self.share))
+                model.denoise(x_t, log_snr, label)
+
+        set_statistics(model, show, BATCHES)
+        for norm, (mean, var) in zip(norms, mixture, strict=True):
+            norm.running_mean.copy_(torch.lerp(mean, norm.running_mean, self.share))
+            norm.running_var.copy_(torch.lerp(var, norm.running_var, self.share))
         return model.eval()
 
     def differences(self):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from ddp.metrics.uncertainty import mean_difference, t_quantile
+from ddp.metrics.uncertainty import difference_of_trainings
 
 COLUMNS = {  # figure -> its title; those that the runs of a dataset have are shown
     "v_loss": "test loss",
@@ -65,9 +65,7 @@ def summary_of(seeds, default):
         if len(both) > 1:
             pairs = [(values[seed], default[seed][name]) for seed in both]
             ours, theirs = zip(*pairs, strict=True)
-            value, error, freedom = mean_difference(theirs, ours, paired=True)
-            reach = t_quantile(0.975, freedom) * error
-            row["less_default"] = {"value": value, "interval": [value - reach, value + reach]}
+            row["less_default"] = difference_of_trainings(theirs, ours, paired=True)
         summary[name] = row
     losses = [figures.get("v_loss") for figures in default.values() if "v_loss" in figures]
     if losses and any("v_loss" in figures for figures in seeds.values()):

@@ -9,6 +9,7 @@ the order of _ablation_grid.py, all seeds of one before the next. Prints a table
 and writes it, with a figure, into the folder: see _ablation_report.py.
 """
 
+import copy
 import dataclasses
 import fcntl
 import json
@@ -20,26 +21,27 @@ from pathlib import Path
 
 import torch
 from _ablation_grid import DATASETS, POINTS, STUDIES, batch_no_mean, config_of, set_branches, spoil
-from _ablation_levels import LevelModel, batch_norms, mix_levels
+from _ablation_levels import LevelModel, mix_levels
 from _ablation_report import write_report
 from _common import cpu_name, make_parser
 from tqdm import tqdm
 
-from ddp.blocks import NORMS
-from ddp.data import load_dataset, to_pixels
+from ddp.blocks import NORMS, batch_norms
+from ddp.data import load_dataset
 from ddp.io.cli import add_flag, command, require_at_least
 from ddp.io.device import sampling_dtype, select_device, select_precision
 from ddp.io.files import atomic_write
-from ddp.metrics.candidate import Candidate, EvaluateOptions, Reference, fresh_labels
-from ddp.metrics.distances import DISTANCES
-from ddp.metrics.features import classifier_space
-from ddp.metrics.fixed_features import pixel_features, value_features
+from ddp.metrics.candidate import Candidate, EvaluateOptions, Reference, generate_samples
 from ddp.metrics.likelihood_metrics import evaluate_loss
-from ddp.metrics.sample_metrics import rms_to_nearest
-from ddp.sampling import sample
+from ddp.metrics.sample_metrics import class_measures, real_features, rms_to_nearest
+from ddp.optim import ema_decay
 from ddp.schedule import Schedule
 from ddp.training import Trainer
 
+DISTANCE_NAMES = {  # in each feature space
+    "classifier": ("fd", "prdc"),
+    "points": ("sliced_wasserstein", "histogram_kl", "wasserstein2"),
+}
 NFE = (3, 5, 10, 20, 50, 100, 1000)
 FEW_SAMPLES = 300  # at each of NFE
 FEW_SEEDS = 3  # of which what takes long is measured
@@ -51,7 +53,9 @@ PACE_ROUNDS = 12  # pairs of steps that are timed
 
 
 def train(dataset, variant, fields, seed, device):
-    """Return (trainer, what is known of its run). Stops where the loss is not finite."""
+    """Return (trainer, its BufferAverage or None, what is known of its run).
+
+    Stops where the loss is not finite."""
     default, config = config_of(variant, dataset, **fields, seed=seed)
     items = spoil(dataset, variant, seed)
     steps = default.num_steps(len(dataset.train))  # those of all items, however few there are
@@ -85,8 +89,7 @@ def train(dataset, variant, fields, seed, device):
             about["curve"].append([step + 1, trainer.val_loss(), stats.loss.item()])
             started += time.monotonic() - started_pause
     about["step_ms"] = 1000 * (time.monotonic() - started) / trainer.step
-    trainer.averaged = averaged
-    return trainer, about
+    return trainer, averaged, about
 
 
 def relative_pace(dataset, default, config, device):
@@ -115,8 +118,7 @@ class BufferAverage:
         self.values = [x.clone() for x in running_statistics(trainer.model)]
 
     def update(self):
-        step = self.trainer.step
-        decay = min(self.trainer.config.ema_decay, step / (step + 9))
+        decay = ema_decay(self.trainer.config.ema_decay, self.trainer.step)
         torch._foreach_lerp_(self.values, running_statistics(self.trainer.model), 1 - decay)
 
 
@@ -129,65 +131,51 @@ class RealItems:
     """The real items of a dataset and how sets are compared with them; the same for all runs."""
 
     def __init__(self, dataset, num_samples, device):
-        options = EvaluateOptions(num_samples=num_samples, vlb_items=num_samples)
+        options = EvaluateOptions(num_samples=num_samples, vlb_items=num_samples, batch_size=500)
         if len(dataset.test) < num_samples:
             options = dataclasses.replace(options, reference="train")
         self.options = options.resolve(dataset, [])
         self.reference = Reference(dataset, self.options, device)
         self.dataset = dataset
-        is_image = dataset.is_pixels
-        self.classifier = classifier_space(dataset, device=device) if is_image else None
+        name = "classifier" if dataset.is_pixels else "points"
+        self.space = real_features(name, self.reference, self.options)
+        self.distance_names = DISTANCE_NAMES[name]
         self.floor = self.distances(self.reference.baseline)
 
     def distances(self, samples):
         """Return the distances of samples (N, *event) to as many real items: name -> float."""
-        real = self.reference.items[: len(samples)]
+        features = self.space.extractor.features(samples)  # (N, D)
+        real = self.space.items[: len(samples)]
         figures = {}
-        if self.classifier is None:
-            features = [value_features(x) for x in (samples, real)]
-            for name in ("sliced_wasserstein", "histogram_kl", "wasserstein2"):
-                limit = DISTANCES[name].max_items
-                figures |= DISTANCES[name](*[x[:limit] for x in features])
-            return figures
-        features = [self.classifier.features(x) for x in (samples, real)]
-        figures |= DISTANCES["fd"](*features)
-        figures |= DISTANCES["prdc"](*features)
-        probs = self.classifier.class_probs(samples)
-        figures["confident"] = (probs.amax(dim=1) > 0.9).double().mean().item()
-        figures["pixel_fd"] = DISTANCES["fd"].function(
-            *[pixel_features(x) for x in (samples, real)]
-        )
+        for name in self.distance_names:
+            distance = self.space.distances[name]
+            figures |= distance(features[: distance.max_items], real[: distance.max_items])
+        if self.space.class_probs is not None:
+            probs = self.space.extractor.class_probs(samples)
+            figures |= class_measures(probs, self.space.class_probs[: len(samples)])
         return figures
 
-    def samples(self, model, count, seed, **options):
-        """Return samples (N, *event) of a model, as the data is."""
-        reference = self.reference
-        parts = []
-        for indices in torch.arange(min(count, len(reference.items))).split(500):
-            label = None
-            if model.num_classes:
-                label = fresh_labels(reference.labels, len(reference.items))[indices]
-                label = label.to(model.device)
-            x0 = sample(model, indices, seed, label, **options)
-            parts.append((to_pixels(x0) if model.is_pixels else x0).cpu())
-        return torch.cat(parts), label_table(reference, count) if model.num_classes else None
+    def samples(self, model, count, seed, **sampler_options):
+        """Return at most `count` samples (N, *event) of a model, as the data is."""
+        options = dataclasses.replace(self.options, seed=seed)
+        reference = copy.copy(self.reference)
+        reference.items = reference.items[:count]
+        candidate = Candidate("", {}, sampling_model=model, sampler_options=sampler_options)
+        return generate_samples(candidate, reference, options)
 
     def figures(self, model, sampling_model, seed):
-        """Return all figures of a model: its test loss and its samples' distances."""
+        """Return all figures of a model, its test loss and its samples' distances, and samples."""
         candidate = Candidate("", about={}, model=model)
         levels = evaluate_loss(candidate, self.reference, self.options)
         v_losses = [level["v"].value for level in levels.values()]
         figures = {"v_loss": sum(v_losses) / len(v_losses)}
-        samples, labels = self.samples(sampling_model, self.options.num_samples, seed)
+        samples = self.samples(sampling_model, self.options.num_samples, seed)
         figures |= self.distances(samples)
-        if labels is not None:
-            predicted = self.classifier.class_probs(samples).argmax(dim=1)
-            figures["label_accuracy"] = (predicted == labels).double().mean().item()
+        if model.num_classes:
+            predicted = self.space.extractor.class_probs(samples).argmax(dim=1)
+            correct = predicted == self.reference.sample_labels
+            figures["label_accuracy"] = correct.double().mean().item()
         return figures, samples
-
-
-def label_table(reference, count):
-    return fresh_labels(reference.labels, len(reference.items))[:count]
 
 
 def at_default_levels(model):
@@ -209,28 +197,28 @@ def fast_dtype(trainer):
     return torch.float32
 
 
-def by_nfe(trainer, real):
+def by_nfe(trainer, real, _):
     """Yield (name, figures) of samples in few and in many steps of an ODE solver."""
     seed = trainer.config.seed
     model = trainer.recalibrated_ema().for_inference(fast_dtype(trainer))
     for steps in NFE if seed == 0 else NFE[:-1]:
-        drawn, _ = real.samples(model, FEW_SAMPLES, seed, sampler="dpmpp_2m", steps=steps)
+        drawn = real.samples(model, FEW_SAMPLES, seed, sampler="dpmpp_2m", steps=steps)
         yield f"nfe={steps}", real.distances(drawn)
 
 
-def by_statistics(trainer, real):
+def by_statistics(trainer, real, averaged):
     """Yield (name, figures) of the raw weights, and of the EMA with other BatchNorm statistics."""
     yield "raw weights", figures_of(trainer.model.eval(), trainer, real)[0]
     model = trainer.recalibrated_ema()
     recomputed = [x.clone() for x in running_statistics(model)]
-    others = {"copied": running_statistics(trainer.model), "averaged": trainer.averaged.values}
+    others = {"copied": running_statistics(trainer.model), "averaged": averaged.values}
     for name, values in others.items():
         torch._foreach_copy_(running_statistics(model), values)
         yield f"statistics {name}", figures_of(model, trainer, real)[0]
     torch._foreach_copy_(running_statistics(model), recomputed)
 
 
-def by_level(trainer, real):
+def by_level(trainer, real, _):
     """Yield (name, figures) of the EMA with statistics of each noise level, whole and half."""
     for share in (1.0, 0.5):
         models = [
@@ -242,7 +230,7 @@ def by_level(trainer, real):
 EVALUATIONS = {"nfe": by_nfe, "statistics": by_statistics, "by_level": by_level}
 
 
-def evaluate_run(trainer, variant, real):
+def evaluate_run(trainer, variant, real, averaged):
     """Return name -> figures of a finished run: "", its own, and those of `variant.evaluate`."""
     figures, samples = figures_of(trainer.recalibrated_ema(), trainer, real)
     if variant.items:
@@ -253,7 +241,7 @@ def evaluate_run(trainer, variant, real):
     rows = {"": figures}
     for name in variant.evaluate:
         if name == "statistics" or trainer.config.seed < FEW_SEEDS:
-            rows |= EVALUATIONS[name](trainer, real)
+            rows |= EVALUATIONS[name](trainer, real, averaged)
     return rows
 
 
@@ -299,13 +287,13 @@ def work(args, runs):
         fields = {"dataset": args.data.get(name, name), **DATASETS[name]}
         if args.max_steps:
             fields |= {"epochs": None, "max_steps": args.max_steps}
-        trainer, about = train(real.dataset, variant, fields, seed, device)
+        trainer, averaged, about = train(real.dataset, variant, fields, seed, device)
         about |= {"dataset": name, "variant": variant.name, "seed": seed}
         about |= {"cpu": cpu_name(), "torch": torch.__version__}
         rows = {}
         if about["diverged"] is None:
             try:
-                rows = evaluate_run(trainer, variant, real)
+                rows = evaluate_run(trainer, variant, real, averaged)
                 if "by_level" in variant.evaluate and seed == 0:
                     about["levels"] = LevelModel(trainer).differences()
             except FloatingPointError:  # its weights or samples are not finite

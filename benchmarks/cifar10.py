@@ -19,9 +19,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from _common import describe_machine, make_parser, seconds_per_call, timed, write_json
-from torch.utils.flop_counter import FlopCounterMode
+from _common import describe_machine, make_parser, timed, write_json
+from roofline import rate
 from tqdm import tqdm
+from train_speed import count_flops
 
 from ddp.config import Config, resume_config
 from ddp.data import load_dataset
@@ -145,12 +146,12 @@ def step_flops(trainer):
     Counted on PyTorch's meta device, so they are of the network and not of its kernels."""
     config = trainer.config
     items = config.batch_size * config.noise_copies
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"):
         model = build_model(config, trainer.model.event, trainer.model.num_classes)
         label = torch.zeros(items, dtype=torch.long) if model.num_classes else None
-        x0_hat = model.denoise(torch.empty(items, *model.event), torch.zeros(items), label)
-        x0_hat.sum().backward()
-    return config.grad_accumulation * counter.get_total_flops()
+        inputs = (torch.empty(items, *model.event), torch.zeros(items), label)
+        flops, _ = count_flops(lambda: model.denoise(*inputs).sum().backward())
+    return config.grad_accumulation * flops
 
 
 def peak_flops(device, precision):
@@ -158,7 +159,7 @@ def peak_flops(device, precision):
     side = MATRIX_SIDE.get(device.type, 1024)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     a = torch.randn(side, side, device=device).to(dtype)
-    return 2 * side**3 / seconds_per_call(lambda: a @ a, device)
+    return 1e9 * rate(lambda: a @ a, 2 * side**3, device)
 
 
 def training_results(trainer):

@@ -31,6 +31,11 @@ NORMS = {  # (channels, spatial dimensions) -> a module
 }
 
 
+def batch_norms(module):
+    """Return every BatchNorm within a module, a list."""
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
 class Layers:
     """What blocks are made of: the layer, norm, activation and dropout that the user chose."""
 

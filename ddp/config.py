@@ -64,7 +64,7 @@ class Config:
     # optimization
     lr: float = flag(None, "peak learning rate", float, fallback=1e-3, above=0, at_most=10**6)
     batch_size: int = flag(128, "items in a batch", at_least=1, at_most=2**20)
-    optimizer: str = flag("muon", "of weights within blocks; others: AdamW", choices=OPTIMIZERS)
+    optimizer: str = flag("muon", "for weights in blocks; others: AdamW", choices=OPTIMIZERS)
     lr_schedule: str = flag("cosine", "course of the learning rate", choices=LR_SCHEDULES)
     warmup: int = flag(100, "steps in which the learning rate rises", at_least=0)
     weight_decay: float = flag(0.01, "AdamW's weight decay", at_least=0, at_most=10**6)
@@ -121,7 +121,7 @@ class Config:
         None, "channels of each resolution, in units of channels_base", integers
     )
     patch_size: int = flag(
-        None, "side of the pixel squares folded into channels", int, at_least=1, at_most=64
+        None, "side of squares folded into channels (default: by data)", int, at_least=1, at_most=64
     )
     fourier_features: int = flag(
         None, "sines and cosines of each pixel", int, fallback=0, at_least=0, at_most=16
@@ -151,7 +151,7 @@ class Config:
         None, "steps between checkpoints (default: a tenth of the run)", int, at_least=1
     )
     keep_checkpoints: int = flag(2, "numbered checkpoints to keep", at_least=0)
-    sample_every: int = flag(None, "between grids of samples (default: 5 a run)", int, at_least=1)
+    sample_every: int = flag(None, "steps between sample grids (default: 5 a run)", int, at_least=1)
 
     def __post_init__(self):
         check_fields(self)

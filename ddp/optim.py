@@ -13,6 +13,11 @@ BARE_MUON_LR = 20.0  # of weights that no norm follows
 SCHEDULE_LR = 30.0  # a learned schedule's step in units of lr: its ends are tens of nats apart
 
 
+def ema_decay(decay, step):
+    """Return the EMA's decay after a step, with warm-up: a short run must not keep its start."""
+    return min(decay, step / (step + 9))
+
+
 def has_fast_bf16(device):
     """Return whether bf16 is faster than fp32 here.
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ddp.blocks import CONV_LAYERS, Attention, Block, Layers, NoiseEmbedding
+from ddp.blocks import CONV_LAYERS, Attention, Block, Layers, NoiseEmbedding, batch_norms
 
 INITS = ("kaiming", "xavier", "default")
 POOLS = {1: F.avg_pool1d, 2: F.avg_pool2d}  # by the number of spatial dimensions
@@ -59,7 +59,7 @@ def recompute_contexts(module):
 @contextlib.contextmanager
 def frozen_statistics(module):
     """Let each BatchNorm of a module count in copies of its running statistics."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = batch_norms(module)
     buffers = [dict(norm.named_buffers()) for norm in norms]
     for norm in norms:
         for name, value in norm.named_buffers():

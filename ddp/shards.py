@@ -6,8 +6,8 @@ has the same bits on one process and on many.
 """
 
 import torch
-from torch import nn
 
+from ddp.blocks import batch_norms
 from ddp.distributed import TreeSum, my_parts, sum_over_parts, world_size
 
 
@@ -24,10 +24,7 @@ class PartSums:
         self.shards = config.shards
         self.reduce = config.reduce  # see distributed.sum_over_parts
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.norms = []  # those with running statistics
-        for module in model.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-                self.norms.append(module)
+        self.norms = [norm for norm in batch_norms(model) if norm.track_running_stats]
         self.running = [x for norm in self.norms for x in (norm.running_mean, norm.running_var)]
         items = config.batch_size * config.noise_copies
         device = self.params[0].device

@@ -17,7 +17,7 @@ from ddp.learned_schedule import backward_through_schedule, bound_terms
 from ddp.loss import denoising_loss
 from ddp.model import build_model
 from ddp.noise_dist import build_noise_dist
-from ddp.optim import build_optimizers, load_moments
+from ddp.optim import build_optimizers, ema_decay, load_moments
 from ddp.rng import derive_seed, normal, uniform
 from ddp.shards import PartSums
 
@@ -218,8 +218,7 @@ class Trainer:
         self.scaler.update()
         self.model.zero_grad()
         self.step += 1
-        # EMA with warm-up: the start must not weigh on the whole of a short run
-        decay = min(self.config.ema_decay, self.step / (self.step + 9))
+        decay = ema_decay(self.config.ema_decay, self.step)
         weights = list(self.model.parameters())
         torch._foreach_lerp_(list(self.ema.parameters()), weights, 1 - decay)  # the EMA
         return grad_norm

@@ -3,8 +3,8 @@
 import math
 
 import torch
-from torch import nn
 
+from ddp.blocks import batch_norms
 from ddp.distributed import in_order
 from ddp.forward import alpha_sigma
 from ddp.model import PREDICTIONS
@@ -29,8 +29,29 @@ def recalibrate(trainer):
 
     Batches are noised as in training, dropout is off, and the statistics are means over all
     batches: a function of the weights and the seed alone."""
-    norms = [m for m in trainer.ema.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def show(k):
+        x0, label = statistics_batch(trainer, k)
+        augmented, told = trainer.augmented(k, x0)
+        trainer.ema_loss(augmented if told is None else x0, label, k, "bn")
+
+    set_statistics(trainer.ema, show, BN_BATCHES)
+
+
+def statistics_batch(trainer, k):
+    """Return x0 and label of batch k of those by which statistics are measured."""
     size = BN_BATCH_IMAGES if len(trainer.dataset.event) > 1 else BN_BATCH_POINTS
+    return trainer.training_batch(k, fitting_batch(trainer.dataset.event, size))
+
+
+@torch.no_grad()
+def set_statistics(
+    model,
+    show,  # (k): runs the model on batch k
+    batches,
+):
+    """Set the running statistics of a model's BatchNorms to the means over so many batches."""
+    norms = batch_norms(model)
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = None  # running statistics that were reset become those of the batch
@@ -39,18 +60,16 @@ def recalibrate(trainer):
     def statistics(k):
         for norm in norms:
             norm.reset_running_stats()
-        x0, label = trainer.training_batch(k, fitting_batch(trainer.dataset.event, size))
-        augmented, told = trainer.augmented(k, x0)
-        trainer.ema_loss(augmented if told is None else x0, label, k, "bn")
+        show(k)
         pairs = [torch.stack([norm.running_mean, norm.running_var]) for norm in norms]
         return [pair.cpu() for pair in pairs]  # (2, channels) each
 
-    of_batches = list(in_order(statistics, range(BN_BATCHES if norms else 0)))
+    of_batches = list(in_order(statistics, range(batches if norms else 0)))
     for i, norm in enumerate(norms):
         mean, var = torch.stack([of_norms[i] for of_norms in of_batches]).mean(dim=0)
         norm.running_mean.copy_(mean)
         norm.running_var.copy_(var)
-        norm.num_batches_tracked.fill_(BN_BATCHES)
+        norm.num_batches_tracked.fill_(batches)
         norm.momentum = momenta[i]
 
 

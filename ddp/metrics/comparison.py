@@ -10,7 +10,7 @@ from statistics import fmean, stdev
 
 import torch
 
-from ddp.metrics.uncertainty import Estimate, mean_difference, t_quantile
+from ddp.metrics.uncertainty import Estimate, difference_of_trainings
 
 NOT_COMPARED = ("real_vs_real", "real", "relative_to_real")  # the same for all, or a ratio to it
 
@@ -163,9 +163,7 @@ def training_difference(first, second, order):
     second = [estimate.value for estimate in second]
     if order is not None:
         second = [second[i] for i in order]
-    value, error, freedom = mean_difference(first, second, order is not None)
-    reach = t_quantile(0.975, freedom) * error
-    return {"value": value, "error": error, "interval": [value - reach, value + reach]}
+    return difference_of_trainings(first, second, order is not None)
 
 
 def mean_estimate(estimates):

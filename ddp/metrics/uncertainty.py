@@ -168,3 +168,10 @@ def mean_difference(
         return value, 0.0, len(first) + len(second) - 2
     parts = [v**2 / (len(x) - 1) for v, x in zip(variances, (first, second), strict=True)]
     return value, math.sqrt(total), float(total**2 / sum(parts))
+
+
+def difference_of_trainings(first, second, paired=False):
+    """Return mean_difference as a dict: value, error, and interval, 95% by Student's t."""
+    value, error, freedom = mean_difference(first, second, paired)
+    reach = t_quantile(0.975, freedom) * error
+    return {"value": value, "error": error, "interval": [value - reach, value + reach]}
