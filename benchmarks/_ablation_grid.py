@@ -12,12 +12,11 @@ from ddp.config import Config
 from ddp.data import permutation
 from ddp.reverse import UNet
 
-# dataset -> fields of Config that set the length of a run, and the network where the default is
-# too slow for hundreds of runs
+# dataset -> fields of Config that set the length of a run
 DATASETS = {
-    "digits": {"epochs": 30},
-    "mnist": {"max_steps": 400},
-    "cifar10": {"max_steps": 300},
+    "digits": {"epochs": 100},
+    "mnist": {"max_steps": 1000},
+    "cifar10": {"max_steps": 700},
     "swiss_roll": {"max_steps": 1500},
     "checkerboard": {"max_steps": 1500},
 }
@@ -74,7 +73,7 @@ FOUR = (
     {"init": "default"},
 )
 NORM_RATES = {  # learning rates that are tried for each norm and optimizer
-    "muon": (3e-4, 1e-3, 3e-3),
+    "muon": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
     "adamw": (1e-3, 3e-3, 1e-2),
 }
 

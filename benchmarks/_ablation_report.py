@@ -19,8 +19,14 @@ COLUMNS = {  # figure -> its title; those that the runs of a dataset have are sh
     "sliced_wasserstein": "sliced W",
     "wasserstein2": "W2",
     "histogram_kl": "histogram KL",
+    "gap": "nats above the entropy",
 }
-DIFFERENCES = ("v_loss", "fd", "sliced_wasserstein")  # whose difference to the default is shown
+DIFFERENCES = (
+    "v_loss",
+    "fd",
+    "sliced_wasserstein",
+    "gap",
+)  # whose difference to the default is shown
 ENDS_WELL = 1.1  # a run does whose test loss is below so many times the default's
 
 

@@ -24,6 +24,7 @@ from _ablation_grid import DATASETS, POINTS, STUDIES, batch_no_mean, config_of, 
 from _ablation_levels import LevelModel, mix_levels
 from _ablation_report import write_report
 from _common import cpu_name, make_parser
+from _cuda_graph import GraphSteps, can_graph
 from tqdm import tqdm
 
 from ddp.blocks import NORMS, batch_norms
@@ -32,7 +33,7 @@ from ddp.io.cli import add_flag, command, require_at_least
 from ddp.io.device import sampling_dtype, select_device, select_precision
 from ddp.io.files import atomic_write
 from ddp.metrics.candidate import Candidate, EvaluateOptions, Reference, generate_samples
-from ddp.metrics.likelihood_metrics import evaluate_loss
+from ddp.metrics.likelihood_metrics import evaluate_loss, evaluate_ode_nll
 from ddp.metrics.sample_metrics import class_measures, real_features, rms_to_nearest
 from ddp.optim import ema_decay
 from ddp.schedule import Schedule
@@ -75,18 +76,21 @@ def train(dataset, variant, fields, seed, device):
     averaged = BufferAverage(trainer) if "statistics" in variant.evaluate else None
     about = {"steps": steps, "pace": pace, "precision": precision, "device": str(device)}
     about |= {"curve": [], "diverged": None}  # curve: rows of (step, test loss, training loss)
+    graph = None
+    if can_graph(trainer) and not variant.level_groups:
+        graph = GraphSteps(trainer, steps)
     started = time.monotonic()
     for step in range(steps):
-        stats = trainer.train_step(step / steps)
+        loss = graph.take() if graph else trainer.train_step(step / steps).loss
         if averaged:
             averaged.update()
         if (step + 1) % max(1, steps // VAL_POINTS) == 0:
-            if not stats.loss.isfinite():
+            if not loss.isfinite():
                 about["diverged"] = step + 1
                 break
             started_pause = time.monotonic()
             trainer.recalibrated_ema()
-            about["curve"].append([step + 1, trainer.val_loss(), stats.loss.item()])
+            about["curve"].append([step + 1, trainer.val_loss(), loss.item()])
             started += time.monotonic() - started_pause
     about["step_ms"] = 1000 * (time.monotonic() - started) / trainer.step
     return trainer, averaged, about
@@ -171,6 +175,9 @@ class RealItems:
         figures = {"v_loss": sum(v_losses) / len(v_losses)}
         samples = self.samples(sampling_model, self.options.num_samples, seed)
         figures |= self.distances(samples)
+        if self.dataset.log_density:
+            nll = evaluate_ode_nll(candidate, self.reference, self.options)["density"]
+            figures["gap"] = nll["gap"].value
         if model.num_classes:
             predicted = self.space.extractor.class_probs(samples).argmax(dim=1)
             correct = predicted == self.reference.sample_labels

@@ -23,6 +23,8 @@ ACTIVATIONS = {
 }
 CONVS = (F.linear, F.conv1d, F.conv2d)  # by the number of spatial dimensions
 CONV_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
+HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", bool)()  # private; without it, no
+SMALL_MAP = 6  # pixels a side, up to which the weight gradient is taken of images in rows
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d)
 NORMS = {  # (channels, spatial dimensions) -> a module
     "batch": lambda channels, dims: BATCH_NORMS[dims](channels),
@@ -34,6 +36,61 @@ NORMS = {  # (channels, spatial dimensions) -> a module
 def batch_norms(module):
     """Return every BatchNorm within a module, a list."""
     return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+class SmallMapConv(torch.autograd.Function):
+    """A same-size convolution, x (B, c_in, H, W), whose weight gradient is of images in rows.
+
+    A CPU's AMX kernels sum that gradient image by image, which is slow where an image is a few
+    pixels. With a column of zeros between them many images are one wide one, whose gradient is
+    the same sum. Measured: docs/training.md, Speed."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, padding=weight.shape[-1] // 2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad_x = convolution_gradients(grad, x, weight, [True, False, False])[0]
+        rows = (in_rows(grad), in_rows(x))
+        return grad_x, convolution_gradients(*rows, weight, [False, True, False])[1]
+
+
+def convolution_gradients(grad, x, weight, wanted):
+    """Return the gradients of a same-size convolution by x, weight, bias, where wanted."""
+    padding = [weight.shape[-1] // 2] * 2
+    one, zero = [1, 1], [0, 0]  # stride and dilation; no padding of a transposed output
+    how = (None, one, padding, one, False, zero, 1, wanted)
+    return torch.ops.aten.convolution_backward(grad, x, weight, *how)
+
+
+def in_rows(x):
+    """Return images (B, C, H, W) as (B / n, C, H, n (W + 1)): n in a row, a 0 behind each."""
+    batch, channels, height, width = x.shape
+    n = math.gcd(batch, 32)
+    rows = x.new_zeros(batch // n, height, n, width + 1, channels)  # channels-last
+    images = x.permute(0, 2, 3, 1).unflatten(0, (-1, n))  # (B / n, n, H, W, C)
+    rows[..., :width, :] = images.transpose(1, 2)
+    return rows.flatten(2, 3).permute(0, 3, 1, 2)
+
+
+class Conv2d(nn.Conv2d):
+    """nn.Conv2d that trains faster on small feature maps, in bfloat16 on a CPU with AMX."""
+
+    def forward(self, x):
+        if not self.gains_by_rows(x):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype("cpu")
+        return SmallMapConv.apply(x.to(dtype), self.weight.to(dtype))
+
+    def gains_by_rows(self, x):
+        """Return whether SmallMapConv is faster for x."""
+        is_trained = torch.is_grad_enabled() and self.weight.requires_grad
+        is_small = max(x.shape[-2:]) <= SMALL_MAP and self.kernel_size == (3, 3)
+        is_bf16 = HAS_AMX and x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        return is_trained and is_small and is_bf16 and self.bias is None
 
 
 class Layers:
@@ -57,7 +114,8 @@ class Layers:
     def conv(self, c_in, c_out, kernel_size, bias=True):
         """Return a same-size convolution."""
         padding = kernel_size // 2
-        return CONV_LAYERS[self.dims](c_in, c_out, kernel_size, padding=padding, bias=bias)
+        layer = nn.Conv1d if self.dims == 1 else Conv2d
+        return layer(c_in, c_out, kernel_size, padding=padding, bias=bias)
 
     def norm(self, channels):
         return NORMS[self.norm_name](channels, self.dims)

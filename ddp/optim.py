@@ -6,10 +6,11 @@ import torch
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients of Jordan et al. 2024
 ITERATIONS = 5
-# Muon's step in units of lr. A norm cancels the scale of the weights before it, so only the step
-# relative to their size counts (van Laarhoven 2017); without one the same step diverges.
-MUON_LR = 320.0
-BARE_MUON_LR = 20.0  # of weights that no norm follows
+# The steps of Muon and of the AdamW beside it, in units of lr. A norm cancels the scale of the
+# weights before it, so only the step relative to their size counts (van Laarhoven 2017); without
+# one the same step diverges. Measured: docs/ablation.md, Learning rates.
+MUON_LR, BESIDE_MUON_LR = 2560.0, 3.0
+BARE_MUON_LR, BESIDE_BARE_MUON_LR = 20.0, 1.0  # of weights that no norm follows
 SCHEDULE_LR = 30.0  # a learned schedule's step in units of lr: its ends are tens of nats apart
 
 
@@ -88,13 +89,16 @@ def build_optimizers(model, optimizer="muon", weight_decay=0.01):
 
     `muon` trains the hidden weights of a network that names them, AdamW everything else; `adamw`
     trains all. The norm sets the rate of Muon, but not which weights are Muon's."""
-    hidden = []
+    hidden, has_norm = [], False
     if optimizer == "muon" and hasattr(model.network, "hidden_weights"):
-        hidden, scale_invariant = model.network.hidden_weights()
+        hidden, has_norm = model.network.hidden_weights()
+    muon_lr, adamw_lr = BARE_MUON_LR, BESIDE_BARE_MUON_LR
+    if has_norm:
+        muon_lr, adamw_lr = MUON_LR, BESIDE_MUON_LR
     muon_ids = {id(weight) for weight in hidden}
     adamw_params = [p for p in model.network.parameters() if id(p) not in muon_ids]
     groups = [{"params": adamw_params}]
-    lr_scales = [1.0]
+    lr_scales = [adamw_lr if hidden else 1.0]
     schedule_params = list(model.schedule.parameters())
     if schedule_params:
         groups.append({"params": schedule_params, "weight_decay": 0.0})
@@ -103,7 +107,7 @@ def build_optimizers(model, optimizer="muon", weight_decay=0.01):
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=weight_decay, fused=fused)
     if not hidden:
         return [adamw], lr_scales
-    return [adamw, Muon(hidden)], [*lr_scales, MUON_LR if scale_invariant else BARE_MUON_LR]
+    return [adamw, Muon(hidden)], [*lr_scales, muon_lr]
 
 
 @torch.no_grad()

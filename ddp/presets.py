@@ -22,6 +22,7 @@ PRESETS = {
         "dropout": 0.0,
         "noise_copies": 1,
         "noise_dist": "lognormal",
+        "prediction": "x0",
     },
     "points": {
         "channels_base": 128,
@@ -33,7 +34,7 @@ PRESETS = {
         "noise_dist": "stratified",
     },
 }
-PRESETS["sequences"] = PRESETS["images"]  # not measured on sequences
+PRESETS["sequences"] = PRESETS["images"] | {"prediction": "v"}  # not measured on sequences
 PRESETS["mnist"] = PRESETS["images"] | {"blocks_per_level": 4, "channel_mult": [1, 2]}
 PRESETS["fashion_mnist"] = PRESETS["mnist"]
 
@@ -65,6 +66,7 @@ SIZES = {
             "patch_size": 1,
             "attention_resolutions": [16],
             "dropout": 0.1,
+            "prediction": "v",  # as measured: docs/cifar10.md
         },
         "points": {"channels_base": 512},
     },
@@ -78,8 +80,14 @@ SIZES["l"]["sequences"] = SIZES["l"]["images"] | {"attention_resolutions": [256]
 PURPOSES = {
     "samples": {},
     # bits/dim: the ends of the noise schedule are trained, too, and each pixel is seen to a
-    # fraction of its gray value (Kingma et al. 2021); measured: docs/training.md, Likelihood
-    "likelihood": {"schedule": "learned", "patch_size": 1, "fourier_features": 8},
+    # fraction of its gray value (Kingma et al. 2021); measured: docs/training.md, Likelihood. An
+    # x0 that the network predicts is never as near to data as the noise that is left.
+    "likelihood": {
+        "schedule": "learned",
+        "prediction": "v",
+        "patch_size": 1,
+        "fourier_features": 8,
+    },
 }
 # What it changes of a network of size s, by kind: without patches a block sees four times the
 # pixels, so it has fewer channels.

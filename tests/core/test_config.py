@@ -170,7 +170,8 @@ def test_config_takes_a_batch_of_one_where_no_batchnorm_is():
 @pytest.mark.parametrize(
     ("fields", "weighting", "timesteps"),
     [
-        ({}, "v", 1000),
+        ({}, "min_snr", 1000),
+        ({"prediction": "v"}, "v", 1000),
         ({"prediction": "eps"}, "snr", 1000),
         ({"prediction": "x0"}, "min_snr", 1000),
         ({"prediction": "flow", "timesteps": 0}, "flow", 0),

@@ -10,6 +10,8 @@ from ddp.config import Config
 from ddp.model import PREDICTIONS, DiffusionModel, build_model
 from ddp.optim import (
     BARE_MUON_LR,
+    BESIDE_BARE_MUON_LR,
+    BESIDE_MUON_LR,
     MUON_LR,
     SCHEDULE_LR,
     Muon,
@@ -121,6 +123,7 @@ def test_build_optimizers_trains_every_weight_once(event, norm, schedule, optimi
     if optimizer == "muon":
         hidden, scale_invariant = model.network.hidden_weights()
         assert scale_invariant == (norm != "none")
+        expected_scales[0] = BESIDE_MUON_LR if scale_invariant else BESIDE_BARE_MUON_LR
         expected_scales.append(MUON_LR if scale_invariant else BARE_MUON_LR)
         assert parameter_ids(optimizers[1]) == [id(weight) for weight in hidden]
     assert lr_scales == expected_scales
