@@ -129,7 +129,7 @@ def robustness(seeds=3):
 
         return make
 
-    variants = crossed((1e-5, 1e-4, 1e-2, 3e-2), with_field("lr"))
+    variants = crossed((1e-5, 1e-4, 1e-3, 1e-2, 3e-2), with_field("lr"))
     variants += crossed((8, 32, 512), with_field("batch_size"))
     variants += crossed((0.1, 0.4), with_fault("bad_pixels"))
     variants += crossed((0.0, 0.1, 0.4), with_fault("bad_labels", class_cond=True))

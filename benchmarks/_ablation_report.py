@@ -125,43 +125,57 @@ def difference_text(figure):
 
 
 def draw(report, path):
-    """Draw the difference of each variant to the default, with its interval: a PNG."""
-    panels = []
+    """Draw the difference of each variant to the default, with its interval: a row a dataset."""
+    rows = []
     for dataset, variants in report.items():
         name = "fd" if "fd" in variants.get("default", {}) else "sliced_wasserstein"
         if name in variants.get("default", {}):
-            panels += [(dataset, "v_loss"), (dataset, name)]
-    if not panels:
+            rows.append((dataset, ("v_loss", name)))
+    if not rows:
         return
-    most = max(sum("nfe=" not in name for name in report[dataset]) for dataset, _ in panels)
-    size = (5 * len(panels), 1.5 + 0.22 * most)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for axis, (dataset, name) in zip(axes[0], panels, strict=True):
-        scale = report[dataset]["default"][name]["mean"]
-        names = []
-        for variant, row in report[dataset].items():
-            difference = row.get(name, {}).get("less_default")
-            if difference is None or variant in ("default", "real items") or "nfe=" in variant:
-                continue
-            low, high = [100 * bound / scale for bound in difference["interval"]]
-            value = 100 * difference["value"] / scale
-            color = "tab:gray" if low <= 0 <= high else "tab:red" if low > 0 else "tab:blue"
-            axis.plot([low, high], [len(names)] * 2, color=color)
-            axis.plot([value], [len(names)], "o", color=color, markersize=4)
-            names.append(variant)
-        axis.axvline(0, color="black", linewidth=0.8)
-        axis.set_yticks(range(len(names)), names, fontsize=7)
-        axis.invert_yaxis()
-        axis.set_xscale("symlog", linthresh=10)
-        axis.set_xlabel(f"{COLUMNS[name]} less the default's, % of it")
-        axis.set_title(dataset)
+    heights = [2 + sum("nfe=" not in name for name in report[dataset]) for dataset, _ in rows]
+    figure, axes = plt.subplots(
+        len(rows),
+        2,
+        figsize=(10, 0.2 * sum(heights) + 0.5 * len(rows)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for row, (dataset, names) in zip(axes, rows, strict=True):
+        for axis, name in zip(row, names, strict=True):
+            draw_differences(axis, report[dataset], name)
+            axis.set_title(dataset)
+        row[1].tick_params(labelleft=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
+def draw_differences(axis, variants, name):
+    """Draw how far a figure of each variant is from the default's, in percent of it."""
+    scale = variants["default"][name]["mean"]
+    shown = []
+    for variant, row in variants.items():
+        difference = row.get(name, {}).get("less_default")
+        if difference is None or variant in ("default", "real items") or "nfe=" in variant:
+            continue
+        low, high = [100 * bound / scale for bound in difference["interval"]]
+        value = 100 * difference["value"] / scale
+        color = "tab:gray" if low <= 0 <= high else "tab:red" if low > 0 else "tab:blue"
+        axis.plot([low, high], [len(shown)] * 2, color=color)
+        axis.plot([value], [len(shown)], "o", color=color, markersize=4)
+        shown.append(variant)
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(shown)), shown, fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xscale("symlog", linthresh=10)
+    axis.set_xlabel(f"{COLUMNS[name]} less the default's, % of it")
+
+
 def draw_levels(levels, path):
     """Draw how far BatchNorm's statistics of a level are from the mixture's, by layer: a PNG."""
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    height = max(4, 0.17 * len(levels["layers"]))  # of the legend
+    figure, axes = plt.subplots(1, 2, figsize=(11, height), layout="constrained")
     titles = {
         "mean": "difference of means, in standard deviations of the mixture",
         "std": "standard deviation over that of the mixture",

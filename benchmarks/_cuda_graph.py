@@ -73,7 +73,8 @@ class GraphSteps:
                 self.momentum = group["momentum"]
             else:
                 options = {name: group[name] for name in ("betas", "weight_decay")}
-                options |= {"lr": self.lr, "fused": True, "capturable": True}
+                on_gpu = self.lr.is_cuda  # else it is tested
+                options |= {"lr": self.lr, "fused": True, "capturable": on_gpu}
                 self.adamw_lr = scale
                 self.adamw = torch.optim.AdamW(group["params"], **options)
         self.buffers = [torch.zeros_like(as_matrix(weight)) for weight in self.muon]
@@ -91,7 +92,8 @@ class GraphSteps:
         log_snr = self.now("log_snr")
         x_t = q_sample(x0, log_snr, torch.randn_like(x0))
         dtype = torch.bfloat16 if trainer.precision == "bf16" else None
-        with torch.autocast("cuda", dtype, enabled=dtype is not None, cache_enabled=False):
+        kind = trainer.device.type
+        with torch.autocast(kind, dtype, enabled=dtype is not None, cache_enabled=False):
             x0_hat = trainer.model.denoise(x_t, log_snr)
         loss = denoising_loss(x0_hat, x0, log_snr, config.weighting, config.loss)
         loss = (self.now("weight") * loss).mean()

@@ -11,7 +11,8 @@ from conftest import ROOT
 from oracles import Gaussian, OracleModel
 
 from ddp.blocks import NORMS, Block
-from ddp.data import Dataset
+from ddp.config import Config
+from ddp.data import Dataset, load_dataset
 from ddp.model import build_model
 from ddp.optim import build_optimizers
 from ddp.schedule import Schedule
@@ -20,6 +21,7 @@ from ddp.training import Trainer
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from _ablation_grid import STUDIES, Variant, batch_no_mean, config_of, set_branches, spoil
 from _ablation_levels import LevelModel, mix_levels
+from _cuda_graph import GraphSteps
 from schedules import FIXED, cases, measure
 
 SMALL = {"channels_base": 8, "blocks_per_level": 1}
@@ -155,3 +157,23 @@ def test_schedules_are_compared_on_their_own_ends_too():
             bound = 2 * data.vlb(*expected)[0]  # of two dimensions
             assert row["bound"] == pytest.approx(bound, abs=5 * row["se"] + 0.05), name
     assert name == f"{FIXED[-1]}, own ends"
+
+
+@pytest.mark.parametrize("fields", [{}, {"norm": "none"}, {"optimizer": "adamw"}, {"warmup": 2}])
+def test_the_step_of_a_cuda_graph_is_that_of_a_trainer(fields, monkeypatch):
+    steps = 6
+    data = load_dataset("digits")
+    config = Config(dataset="digits", max_steps=steps, batch_size=16, noise_copies=2, **fields)
+    config = dataclasses.replace(config.resolve(data), **SMALL)
+    ours, theirs = Trainer(config, data), Trainer(config, data)
+    monkeypatch.setattr(GraphSteps, "capture", lambda self: None)  # it needs a GPU
+    graph = GraphSteps(ours, steps)
+    losses = []
+    for step in range(steps):
+        monkeypatch.setattr(torch, "randn_like", lambda x0, k=step: theirs.eps(k, x0))
+        graph.step()
+        losses.append(theirs.train_step(step / steps).loss)
+    torch.testing.assert_close(graph.tables["loss"], torch.stack(losses))
+    for models in ((ours.model, theirs.model), (ours.ema, theirs.ema)):
+        for one, other in zip(*(model.parameters() for model in models), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
