@@ -10,6 +10,7 @@ from ddp.distributed import main_first, on_main
 from ddp.io import cli
 from ddp.io.checkpoint import units_of
 from ddp.io.cli import add_flag
+from ddp.io.config_file import read_config, write_config
 from ddp.io.device import select_device, select_precision
 from ddp.io.diagnostics import dry_run, profile
 from ddp.io.memory import fit_shards
@@ -25,6 +26,8 @@ def parse(arguments=None):
     """Return the flags that were given; those of the hyper-parameters are made from Config."""
     parser = cli.make_parser(__doc__, argument_default=argparse.SUPPRESS)
     add_flag(parser, "resume", metavar="PATH", help="a checkpoint or run, or auto: the newest run")
+    help = "a config.json of another run: its fields, unless a flag says otherwise"
+    add_flag(parser, "config", type=cli.path, metavar="FILE", help=help)
     add_flag(parser, "new_data", action="store_true", help="resume on data that changed since")
     add_flag(parser, "dry_run", action="store_true", help="one step, then diagnostics")
     add_flag(parser, "profile", action="store_true", help="show where the time of a step goes")
@@ -35,8 +38,13 @@ def parse(arguments=None):
 
 def main(args):
     overrides = dict(vars(args))
-    names = ("plugin", "resume", "new_data", "dry_run", "profile")
+    names = ("plugin", "resume", "config", "new_data", "dry_run", "profile")
     options = {name: overrides.pop(name, None) for name in names}
+    given = overrides
+    if options["config"]:
+        own = f"config={options['config']}: a resumed run has its own; leave it out"
+        cli.reject_if((options["resume"], own))
+        overrides, given = read_config(options["config"], overrides)
     config, folder, path, state = on_main(resolve_run, overrides, options["resume"])
     if state:
         newest = ", the newest" if options["resume"] == "auto" else ""
@@ -63,29 +71,32 @@ def main(args):
     step = state["step"] if state else 0
     with RunWriter(folder, path, step, may_number=not (state or config.name)) as run:
         write_record(run.lock, config, dataset)
-        return train_loop(build_trainer(config, dataset, device, state, print), run)
+        trainer = build_trainer(config, dataset, device, state, print)
+        print(f"run: {run.folder}, {plan(trainer)}")
+        on_main(write_config, run.folder, given, trainer.config)
+        return train_loop(trainer, run)
 
 
 def train_loop(trainer, run):
     """Train to the end of the run or to a signal, saving on the way -> exit code."""
-    print(f"run: {run.folder}, {plan(trainer)}")
     if trainer.step >= trainer.num_steps and run.exported_step() == trainer.step:
         print("it has ended; to go on, give a larger --epochs, --max_steps or --max_minutes")
         return 0
     finished = False
     config = trainer.config
-    step_items = config.batch_size * config.grad_accumulation
-    progress = Progress(trainer.step, trainer.num_steps, step_items)
+    progress = Progress(trainer.step, trainer.num_steps)
     run.warn = progress.warn
     with progress, GracefulStop(progress.warn) as stop:
         for stats in trainer.run():
             finished = stats.progress >= 1
             run.log_step(stats)
+            progress.update(trainer.step, stats.epoch, run.latest_loss)
             if finished or is_due(stats, config.save_every):
+                progress.doing("testing, saving")
                 progress.tell(run.save(trainer, config.keep_checkpoints, finished))
             if finished or is_due(stats, config.sample_every or config.save_every, 5):
+                progress.doing("sampling")
                 progress.tell(run.write_samples(trainer))
-            progress.update(trainer.step, run.latest_loss)
             if not finished and stop.came():
                 break
         finished = finished or not stop.signal

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ddp.distributed import is_first_failure, is_lost_process, leave, processes
 from ddp.editing import EDITS, EditInputs
+from ddp.io.spelling import Parser
 from ddp.io.terminal import safe_process
 from ddp.options import SamplerOptions, count_or_auto, image_size, integers
 from ddp.presets import OLD_NAMES, OLD_VALUES
@@ -51,8 +52,8 @@ KINDS = {
 
 
 def make_parser(description, **options):
-    """Return an ArgumentParser for a script."""
-    return argparse.ArgumentParser(
+    """Return a Parser for a script."""
+    return Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python %(prog)s [flags]; --help lists them",

@@ -17,20 +17,18 @@ class Progress:
         self,
         step,  # at which the run goes on
         num_steps,  # of the whole run
-        items,  # of a step
     ):
         self.start = step
         self.num_steps = num_steps
-        self.items = items
         self.started = time.monotonic()
         self.wait = FIRST_WAIT
         self.due = self.started + self.wait  # when the next line is written
         self.bar = tqdm(
-            total=num_steps * items,
-            initial=step * items,
-            unit="item",
-            unit_scale=True,
+            total=num_steps,
+            initial=step,
+            unit="step",
             mininterval=0.5,
+            dynamic_ncols=True,  # a terminal may become narrower
             disable=not sys.stderr.isatty(),
         )
 
@@ -48,11 +46,16 @@ class Progress:
         """Write a line to stderr."""
         tqdm.write(line, file=sys.stderr)
 
-    def update(self, step, loss):
-        """Show that a step is done, whose loss is so large."""
+    def doing(self, what):
+        """Show what goes on between two steps, such as "saving"."""
+        self.bar.set_description_str(what)
+
+    def update(self, step, epoch, loss):
+        """Show that a step is done, and the loss of one that was looked at."""
         if not self.bar.disable:
+            self.bar.set_description_str(f"epoch {epoch:.1f}", refresh=False)
             self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            self.bar.update(self.items)
+            self.bar.update()
             return
         now = time.monotonic()
         if now < self.due or step >= self.num_steps:

@@ -196,8 +196,10 @@ class RunWriter:
             return f"warning: {error}; the run goes on, and is saved later"
         finally:
             trainer.best = broadcast(trainer.best)
-        names = ", ".join(str(path) for path in paths)
-        return f"step {trainer.step:,}: val loss {val_loss:.5f}, wrote {names}"
+        return f"step {trainer.step:,}: val loss {val_loss:.5f}, wrote {self.names(paths)}"
+
+    def names(self, paths):  # of files within the run's folder, as text
+        return ", ".join(str(path.relative_to(self.folder)) for path in paths)
 
     def write_checkpoints(self, trainer, val_loss, keep):
         """Write the checkpoints of a step, and remove those that are no longer kept -> paths."""
@@ -278,7 +280,7 @@ class RunWriter:
             return f"step {trainer.step:,}: samples are not finite yet, no image written"
         except OSError as error:
             return f"warning: a picture cannot be written ({error}); the run goes on"
-        return f"step {trainer.step:,}: wrote {', '.join(str(p) for p in paths if p.exists())}"
+        return f"step {trainer.step:,}: wrote {self.names(p for p in paths if p.exists())}"
 
 
 def is_due(stats, every, times=10):

@@ -25,11 +25,11 @@ def test_lines_come_within_seconds_and_then_now_and_then(monkeypatch, clock):
     stderr = io.StringIO()
     monkeypatch.setattr("sys.stderr", stderr)
     times = []
-    with Progress(step=100, num_steps=10_000, items=16) as shown:
+    with Progress(step=100, num_steps=10_000) as shown:
         for step in range(101, 501):
             clock.now += 1.0
             length = len(stderr.getvalue())
-            shown.update(step, 0.25)
+            shown.update(step, 1.0, 0.25)
             if len(stderr.getvalue()) > length:
                 times.append(clock.now)
     assert times == [2, 6, 14, 30, 62, 122, 182, 242, 302, 362]
@@ -41,12 +41,15 @@ def test_lines_come_within_seconds_and_then_now_and_then(monkeypatch, clock):
 def test_a_terminal_shows_a_bar(monkeypatch, capsys):
     stderr = Terminal()
     monkeypatch.setattr("sys.stderr", stderr)
-    with Progress(step=0, num_steps=4, items=16) as shown:
+    with Progress(step=0, num_steps=4) as shown:
         for step in range(1, 5):
-            shown.update(step, 0.5)
+            shown.update(step, step / 2, 0.5)
+        shown.bar.refresh()
+        for text in ("epoch 2.0: 100%", "loss 0.5000", "4/4", "step/s"):
+            assert text in stderr.getvalue()
+        shown.doing("testing, saving")
+        assert "testing, saving: 100%" in stderr.getvalue()
         shown.tell("saved")
-    assert "loss 0.5000" in stderr.getvalue()
-    assert "100%" in stderr.getvalue()
     assert capsys.readouterr().out == "saved\n"
 
 

@@ -288,7 +288,7 @@ def test_save_writes_and_rotates(tmp_path):
     line = run.save(trainer, keep=0)
     assert not list((tmp_path / "a").glob("step_*"))
     assert "val loss" in line
-    assert str(last) in line
+    assert "last.pth" in line
 
 
 def test_only_checkpoints_that_the_run_numbered_go(tmp_path):
@@ -420,7 +420,7 @@ def test_write_samples_writes_images_and_leaves_no_trace(tmp_path, dataset):
         "run.json",
         "samples/step_00000001.png",
     ]
-    assert str(tmp_path / "loss.png") in line
+    assert "samples/step_00000001.png, loss.png" in line
     image = tmp_path / "samples" / "step_00000001.png"
     assert Image.open(image).width > 300
     first = image.read_bytes()

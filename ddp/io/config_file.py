@@ -1,0 +1,72 @@
+"""config.json, which a run writes and another can begin from: what was given, what was chosen."""
+
+import contextlib
+import json
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+
+from ddp.config import RESUMABLE_FIELDS, Config
+from ddp.io.files import atomic_write
+from ddp.io.spelling import did_you_mean
+from ddp.presets import OLD_NAMES
+
+NAME = "config.json"
+MAX_BYTES = 2**20  # of a file that is read
+LIMITS = ("epochs", "max_steps", "max_minutes", "planned_steps")
+# fields from which no other field follows
+ALONE = RESUMABLE_FIELDS | {"seed"}
+
+
+def write_config(folder, given, config):
+    """Write config.json into a run's folder, in which a resumed run has one already.
+
+    given: the fields of Config that the user set, a dict. config: the Config that came of them."""
+    path = Path(folder) / NAME
+    if path.is_file():
+        with contextlib.suppress(OSError, ValueError):  # it may be anybody's
+            given = read_json(path)[0] | given
+    text = json.dumps({"given": given, "chosen": asdict(config)}, indent=1)
+    atomic_write(path, partial(Path.write_text, data=text, encoding="utf-8"))
+
+
+def read_config(path, overrides):
+    """Return the fields of Config that a config.json and `overrides`, a dict, say together.
+
+    Returned are those to begin from and, of them, those that were given. An override wins. Fields
+    that the run had chosen stay, so that it is repeated; but where one is overridden from which
+    others follow, such as the size, they are chosen anew. The name is not taken over: the new run
+    gets a folder of its own. The file may also hold fields alone. Raises OSError when there is no
+    such file, ValueError when it is none or holds an unknown field."""
+    given, chosen = read_json(path)
+    known = [field.name for field in fields(Config)]
+    for name in (*given, *chosen):
+        if name not in known:
+            hint = did_you_mean(name, known)
+            raise ValueError(f"config={path}: no run has a field {name}{hint}")
+    dropped = {"name", *(LIMITS if overrides.keys() & {*LIMITS} else ())}
+    given = {name: given[name] for name in given if name not in dropped} | overrides
+    if overrides.keys() <= ALONE:
+        chosen = {name: chosen[name] for name in chosen if name not in dropped}
+        return chosen | given, given
+    return given, given
+
+
+def read_json(path):
+    """Return what a config.json says was given and chosen, two dicts of fields."""
+    path = Path(path)
+    if not path.is_file():
+        raise OSError(f"config={path}: there is no such file")
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"more than {MAX_BYTES:,} bytes")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        parts = (saved, {})
+        if isinstance(saved, dict) and "given" in saved:
+            parts = (saved["given"], saved.get("chosen", {}))
+        if not all(isinstance(part, dict) for part in parts):
+            raise ValueError("fields by name were expected")
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"config={path}: this is no config.json of a run ({reason})") from None
+    return [{OLD_NAMES.get(name, name): part[name] for name in part} for part in parts]
