@@ -18,7 +18,7 @@ from ddp.io.progress import Progress, loading_bar, plan
 from ddp.io.run_dir import accept_data, require_same_data, resolve_run
 from ddp.io.run_lock import write_record
 from ddp.io.run_writer import RunWriter, is_due
-from ddp.io.setup import build_trainer
+from ddp.io.setup import build_trainer, starting_weights
 from ddp.io.terminal import GracefulStop
 
 
@@ -28,6 +28,8 @@ def parse(arguments=None):
     add_flag(parser, "resume", metavar="PATH", help="a checkpoint or run, or auto: the newest run")
     help = "a config.json of another run: its fields, unless a flag says otherwise"
     add_flag(parser, "config", type=cli.path, metavar="FILE", help=help)
+    help = "a checkpoint with whose weights a new run starts, to fine-tune them"
+    add_flag(parser, "init_from", type=cli.path, metavar="PATH", help=help)
     add_flag(parser, "new_data", action="store_true", help="resume on data that changed since")
     add_flag(parser, "dry_run", action="store_true", help="one step, then diagnostics")
     add_flag(parser, "profile", action="store_true", help="show where the time of a step goes")
@@ -38,12 +40,13 @@ def parse(arguments=None):
 
 def main(args):
     overrides = dict(vars(args))
-    names = ("plugin", "resume", "config", "new_data", "dry_run", "profile")
+    names = ("plugin", "resume", "config", "init_from", "new_data", "dry_run", "profile")
     options = {name: overrides.pop(name, None) for name in names}
+    for name in ("config", "init_from"):
+        own = f"{name}={options[name]}: a resumed run has its own; leave it out"
+        cli.reject_if((options["resume"] and options[name], own))
     given = overrides
     if options["config"]:
-        own = f"config={options['config']}: a resumed run has its own; leave it out"
-        cli.reject_if((options["resume"], own))
         overrides, given = read_config(options["config"], overrides)
     config, folder, path, state = on_main(resolve_run, overrides, options["resume"])
     if state:
@@ -61,8 +64,9 @@ def main(args):
     elif state:
         require_same_data(state, path, dataset)
     config = fit_shards(config.resolve(dataset), dataset, device, print)
+    weights = starting_weights(options["init_from"], config, dataset)
     if options["dry_run"] or options["profile"]:
-        trainer = build_trainer(config, dataset, device, state, print)
+        trainer = build_trainer(config, dataset, device, state, print, weights)
         for line in dry_run(trainer, folder) if options["dry_run"] else ():
             print(line)
         if options["profile"]:
@@ -71,7 +75,7 @@ def main(args):
     step = state["step"] if state else 0
     with RunWriter(folder, path, step, may_number=not (state or config.name)) as run:
         write_record(run.lock, config, dataset)
-        trainer = build_trainer(config, dataset, device, state, print)
+        trainer = build_trainer(config, dataset, device, state, print, weights)
         print(f"run: {run.folder}, {plan(trainer)}")
         on_main(write_config, run.folder, given, trainer.config)
         return train_loop(trainer, run)

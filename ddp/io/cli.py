@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ddp.distributed import is_first_failure, is_lost_process, leave, processes
 from ddp.editing import EDITS, EditInputs
-from ddp.io.spelling import Parser
+from ddp.io.spelling import did_you_mean
 from ddp.io.terminal import safe_process
 from ddp.options import SamplerOptions, count_or_auto, image_size, integers
 from ddp.presets import OLD_NAMES, OLD_VALUES
@@ -49,6 +49,17 @@ KINDS = {
     integers: "whole numbers, such as 4,8",
     image_size: "a size, such as 64 or 30x45",
 }
+
+
+class Parser(argparse.ArgumentParser):
+    def parse_args(self, args=None, namespace=None):
+        """Parse flags. One that is unknown is told from the nearest."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [name for action in self._actions for name in action.option_strings]
+            hints = "".join(did_you_mean(word.split("=")[0], known) for word in unknown)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{hints}")
+        return parsed
 
 
 def make_parser(description, **options):

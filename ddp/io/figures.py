@@ -7,7 +7,7 @@ import warnings
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogFormatter, LogLocator, NullLocator, StrMethodFormatter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
@@ -131,11 +131,21 @@ def to_pil(figure):
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
+class PlainNumbers(LogFormatter):
+    """Ticks of a logarithmic axis as 0.2, not as a power of ten."""
+
+    def _num_to_string(self, x, vmin, vmax):
+        return f"{x:g}"
+
+
 def chart(height, **settings):
     """Return a Figure of one plot with grid lines, and its axes; `settings` as of Axes.set."""
     figure = Figure(figsize=(7, height), layout="constrained")
     axes = figure.subplots()
     axes.set(**settings)
+    if settings.get("yscale") == "log":
+        axes.yaxis.set_major_formatter(PlainNumbers())
+        axes.yaxis.set_minor_formatter(PlainNumbers(minor_thresholds=(2, 0.5)))
     axes.grid(alpha=0.3, which="both")
     return figure, axes
 
@@ -157,6 +167,20 @@ def loss_curve(rows):
         x, y = np.array(held_out, float).T
         axes.plot(x, y, "o-", color="tab:orange", markersize=4, label="held out (EMA)")
     axes.legend()
+    return figure
+
+
+def rate_curve(rows):
+    """Return a Figure of the learning rate and of the norm of the gradient; rows: of log.csv."""
+    names = ("step", "lr", "grad_norm")
+    steps, lr, norm = np.array([[row[name] for name in names] for row in rows], float).T
+    figure, axes = chart(4.5, xlabel="step", ylabel="learning rate")
+    axes.plot(steps, lr, color="tab:blue", label="learning rate")
+    other = axes.twinx()
+    other.plot(steps, norm, color="tab:orange", linewidth=0.7, label="norm of the gradient")
+    other.set_ylabel("norm of the gradient")
+    other.set_yscale("log")
+    figure.legend(loc="outside upper center", ncols=2)
     return figure
 
 

@@ -30,20 +30,21 @@ from ddp.io.files import atomic_write, move_to_free
 from ddp.io.item_figures import draw_items, room
 from ddp.io.run_dir import checkpoints, require_newest, take_folder
 from ddp.io.run_lock import lock_folder
+from ddp.io.run_log import COLUMNS, read_log
+from ddp.io.run_page import write_page
 from ddp.options import SamplerOptions
 from ddp.sampling import cycle_labels, sample
 from ddp.validation import fitting_batch
 
 CHECK_EVERY = 20  # steps between two looks at the losses on a GPU, where each look waits for it
 FLUSH_SECONDS = 5  # between two writes to log.csv
-COLUMNS = ("step", "epoch", "loss", "grad_norm", "lr", "val_loss")  # of log.csv
 SAMPLES = 2000  # that are shown as a run goes, or as many as a figure has room for
 # what a killed process leaves of the files below, see files.atomic_write
-LEFTOVER = re.compile(r"\.(last|best|model|step_\d{8}|log|loss)\..+\.partial\.(pth|csv|png)")
+LEFTOVER = re.compile(r"\.(last|best|model|step_\d{8}|log|loss|report|config)\..+\.partial\.\w+")
 
 
 class RunWriter:
-    """A writer of log.csv, last.pth, best.pth, step_*.pth, model.pth, samples/ and loss.png.
+    """A writer of log.csv, *.pth, samples/, loss.png and report.html.
 
     It holds the lock of the folder, run.json, until it is closed; a new run gets the next free
     folder when another process is in it. A run that goes on from a checkpoint keeps the log next to
@@ -280,7 +281,15 @@ class RunWriter:
             return f"step {trainer.step:,}: samples are not finite yet, no image written"
         except OSError as error:
             return f"warning: a picture cannot be written ({error}); the run goes on"
+        self.write_page(trainer)
         return f"step {trainer.step:,}: wrote {self.names(p for p in paths if p.exists())}"
+
+    def write_page(self, trainer):
+        """Write report.html on one process; where that fails, a warning is told."""
+        try:
+            write_page(self.folder, trainer, read_log(self.folder))
+        except Exception as error:
+            self.warn(f"warning: report.html cannot be written ({error}); the run goes on")
 
 
 def is_due(stats, every, times=10):
@@ -309,32 +318,3 @@ def draw_samples(trainer):
     # what are no pixels says little alone
     reference = None if model.is_pixels else trainer.dataset.shown(len(indices))
     return draw_items(torch.cat(parts), reference)
-
-
-def read_log(folder):
-    """Return the rows of log.csv, dicts of strings with the keys COLUMNS.
-
-    Without what a crash cut short, or another program made of it: no numbers."""
-    path = folder / "log.csv"
-    if not path.is_file():
-        return []
-    rows = []
-    with open(path, newline="", errors="replace") as f, contextlib.suppress(csv.Error):
-        for cells in csv.DictReader(f):  # a crash writes anything, such as 1 MB of zeros
-            rows.append(as_row(cells))
-    return [row for row in rows if row]
-
-
-def as_row(cells):
-    """Return a row of log.csv, a dict, with the names of today; None unless it is whole."""
-    if "test_loss" in cells:  # before version 0.3
-        cells["val_loss"] = cells.pop("test_loss")
-    row = {name: cells.get(name) for name in COLUMNS}  # None where it was cut short
-    if len(cells) != len(COLUMNS) or None in row.values():
-        return None
-    try:
-        int(row["step"])
-        numbers = [float(text) for text in row.values() if text]  # a val_loss may be missing
-    except ValueError:
-        return None
-    return row if all(map(math.isfinite, numbers)) else None

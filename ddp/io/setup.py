@@ -1,24 +1,49 @@
 """A Trainer made ready: precision, weights to go on from, parts of a batch, threads."""
 
 from ddp.distributed import parts_line
-from ddp.io.checkpoint import restore
+from ddp.io.checkpoint import load_model, restore
 from ddp.io.device import select_precision, set_deterministic, set_tf32
+from ddp.io.files import find_checkpoint
+from ddp.model import build_model
 from ddp.threads import choose_training_threads
 from ddp.training import Trainer
 
 
-def build_trainer(config, dataset, device, state, tell):
+def build_trainer(config, dataset, device, state, tell, weights=None):
     """Return a Trainer at the step of a checkpoint's dict, or at the start for None.
 
-    config: resolved, its shards chosen. tell: called with lines of text, such as print."""
+    config: resolved, its shards chosen. tell: called with lines of text, such as print. weights:
+    those of the network to start with, see starting_weights."""
     precision = select_precision(config.precision, device)
     set_tf32(precision != "fp32")
     set_deterministic(True, device)
     trainer = Trainer(config, dataset, device, precision)
     if state:
         restore(trainer, state)
+    elif weights:
+        for model in (trainer.model, trainer.ema):
+            model.network.load_state_dict(weights)
     tell(f"network: {trainer.num_params:,} parameters on {device}, trained in {precision}")
     for line in (parts_line(config), choose_training_threads(trainer)):
         if line:
             tell(line)
     return trainer
+
+
+def starting_weights(path, config, dataset):
+    """Return the EMA weights of a checkpoint or run, with which a new run is to start; None: None.
+
+    A state_dict of the network. Raises ValueError when that is not the network of the config."""
+    if path is None:
+        return None
+    weights = load_model(find_checkpoint(path))[0].network.state_dict()
+    num_classes = len(dataset.classes) if config.class_cond else 0
+    ours = build_model(config, dataset.event, num_classes).network.state_dict()
+    shapes = [{name: x.shape for name, x in each.items()} for each in (ours, weights)]
+    other = sorted(shapes[0].items() ^ shapes[1].items())
+    if other:
+        raise ValueError(
+            f"init_from={path}: its network is another one, see {other[0][0]}; give the flags of "
+            "that run, or its config.json"
+        )
+    return weights

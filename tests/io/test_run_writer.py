@@ -417,6 +417,7 @@ def test_write_samples_writes_images_and_leaves_no_trace(tmp_path, dataset):
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.*")) == [
         "log.csv",
         "loss.png",
+        "report.html",
         "run.json",
         "samples/step_00000001.png",
     ]
