@@ -29,7 +29,7 @@ def parse(arguments=None):
     group = parser.add_argument_group("what to measure")
     what = group.add_mutually_exclusive_group(required=True)
     a_path = {"type": cli.path, "metavar": "PATH"}
-    add_flag(what, "checkpoint", help="a checkpoint, or a run's folder", **a_path)
+    add_flag(what, "checkpoint", help="a checkpoint, a run's folder, or a URL", **a_path)
     add_flag(what, "samples", help="samples: .npz, .npy, a folder or a .zip", **a_path)
     help = "several: PATH, NAME=PATH or NAME=PATH,sampler=ddpm,steps=50; -- between groups of runs"
     add_flag(what, "compare", nargs="+", type=cli.subject, metavar="SUBJECT", help=help)

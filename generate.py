@@ -16,8 +16,9 @@ from ddp.io import cli
 from ddp.io.checkpoint import load_guide, load_model
 from ddp.io.cli import add_flag
 from ddp.io.device import sampling_dtype, select_device, set_tf32
+from ddp.io.download import locate
 from ddp.io.edit_inputs import DEFAULT_COUNT, check_edit, grid_options, read_edit_inputs
-from ddp.io.files import find_checkpoint
+from ddp.io.progress import loading_bar
 from ddp.io.sample_batches import data_to_compare, draw
 from ddp.io.writer import FORMATS, SampleWriter, parse_output
 from ddp.options import SamplerOptions
@@ -27,7 +28,7 @@ from ddp.threads import choose_sampling_threads
 
 def parse(arguments=None):
     parser = cli.make_parser(__doc__)
-    add_flag(parser, "checkpoint", type=cli.path, required=True, help="a checkpoint, or run")
+    add_flag(parser, "checkpoint", type=cli.path, required=True, help="a checkpoint, run, or URL")
     add_flag(parser, "num_samples", type=int, help="default: 64, or one for each edited item")
     add_flag(parser, "out", type=cli.path, help="a new folder, or a file .png, .npz or .gif")
     add_flag(parser, "format", help=f"some of {','.join(FORMATS)} (default: grid)")
@@ -47,8 +48,8 @@ def main(args):
     cli.require_at_least(args, seed=0, mc_dropout=2, **dict.fromkeys(names, 1))
     edit = cli.edit_options(args)
     sampler = check_edit(cli.sampler_options(args), **edit)
-    path = find_checkpoint(args.checkpoint)
-    out, formats = parse_output(args.out, args.format, path)
+    path, beside = locate(args.checkpoint, loading_bar)
+    out, formats = parse_output(args.out, args.format, beside)
     cli.reject_if((args.mc_dropout and "gif" in formats, "mc_dropout has no format=gif"))
     device = select_device(args.device)
     set_tf32(False)

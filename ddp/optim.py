@@ -11,6 +11,7 @@ ITERATIONS = 5
 # one the same step diverges. Measured: docs/ablation.md, Learning rates.
 MUON_LR, BESIDE_MUON_LR = 2560.0, 3.0
 BARE_MUON_LR, BESIDE_BARE_MUON_LR = 20.0, 1.0  # of weights that no norm follows
+BEFORE_0_6 = {MUON_LR: 320.0, BESIDE_MUON_LR: 1.0}  # with which a run of then goes on
 SCHEDULE_LR = 30.0  # a learned schedule's step in units of lr: its ends are tens of nats apart
 
 
@@ -108,6 +109,17 @@ def build_optimizers(model, optimizer="muon", weight_decay=0.01):
     if not hidden:
         return [adamw], lr_scales
     return [adamw, Muon(hidden)], [*lr_scales, muon_lr]
+
+
+def saved_lr_scales(saved, lr_scales):
+    """Return the factors on lr that a checkpoint holds, a list, or [] before version 0.6.
+
+    lr_scales: today's. Raises ValueError when the checkpoint has another number of them."""
+    if not saved:
+        return [BEFORE_0_6.get(scale, scale) for scale in lr_scales]
+    if len(saved) != len(lr_scales):
+        raise ValueError(f"it has {len(saved)} learning rates, not {len(lr_scales)}")
+    return list(saved)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from ddp.learned_schedule import backward_through_schedule, bound_terms
 from ddp.loss import denoising_loss
 from ddp.model import build_model
 from ddp.noise_dist import build_noise_dist
-from ddp.optim import build_optimizers, ema_decay, load_moments
+from ddp.optim import build_optimizers, ema_decay, load_moments, saved_lr_scales
 from ddp.rng import derive_seed, normal, uniform
 from ddp.shards import PartSums
 
@@ -278,8 +278,7 @@ class Trainer:
         while now < 1:
             # the lr follows the steps, not the clock, so that a resumed run is the same run
             stats = self.train_step(self.step / num_steps)
-            previous = now
-            now = progress()
+            previous, now = now, progress()
             yield replace(stats, progress=now, previous_progress=previous)
 
     def plan_steps(self):
@@ -297,6 +296,7 @@ class Trainer:
             "ema": self.ema.state_dict(),
             "model": self.model.state_dict(),
             "optimizer": [optimizer.state_dict() for optimizer in self.optimizers],
+            "lr_scales": list(self.lr_scales),
             "scaler": self.scaler.state_dict(),
             "noise_dist": self.noise_dist.state_dict() if self.noise_dist_learns else {},
             "best": self.best,
@@ -308,6 +308,7 @@ class Trainer:
 
         Raises ValueError when something does not fit, or cannot be."""
         validation.require_possible(self, state["best"], state["seconds"])
+        self.lr_scales = saved_lr_scales(state["lr_scales"], self.lr_scales)
         self.ema.load_state_dict(state["ema"])
         self.model.load_state_dict(state["model"])
         if state["scaler"]:  # else the run was not in fp16 so far

@@ -6,6 +6,8 @@ import re
 import pytest
 from conftest import ROOT
 
+import ddp
+
 # In the order in which a newcomer reads them; a module imports only modules above it.
 CORE = [
     *("schedule", "rng", "augment", "noise_dist", "forward", "blocks", "reverse", "units", "model"),
@@ -32,19 +34,24 @@ DRAWERS = [
     ),
     *("data.decode", "data.cache", "data.folder", "data", "data.arrays"),
     *("io.edit_inputs", "io.device", "io.figures", "io.item_figures"),
-    *("io.archive", "io.schema", "io.checkpoint", "io.memory"),
+    *("io.archive", "io.schema", "io.safetensors_file", "io.checkpoint"),
+    *("io.describe", "io.download", "io.memory"),
     *("metrics.ode", "metrics.likelihood", "metrics.distances", "metrics.uncertainty"),
     *("metrics.fixed_features", "metrics.features", "metrics.candidate"),
     "metrics.likelihood_metrics",
     *("metrics.sample_metrics", "metrics.comparison", "metrics.evaluate", "metrics.subjects"),
     "metrics.report",
-    *("io.run_lock", "io.run_dir", "io.run_writer", "io.progress", "io.setup"),
-    *("io.sample_batches", "io.writer", "io.diagnostics", "io.terminal", "io.cli"),
+    *("io.run_lock", "io.run_dir", "io.run_log", "io.run_page", "io.run_writer"),
+    *("io.progress", "io.setup"),
+    *("io.card", "io.export"),
+    *("io.sample_batches", "io.writer", "io.diagnostics", "io.terminal", "io.spelling"),
+    *("io.config_file", "io.cli"),
 ]
-ORDER = CORE + DRAWERS
+COMMANDS = ["inspect", "export"]  # python -m ddp.inspect: thin, as SCRIPTS are
+ORDER = CORE + DRAWERS + COMMANDS
 DOCSTRING_ONLY = ["metrics", "io"]  # __init__.py of a drawer that offers no names
 SCRIPTS = ["train.py", "evaluate.py", "generate.py"]
-KNOWS_THE_COMMAND_LINE = "io.cli"  # the only module that does
+KNOWS_THE_COMMAND_LINE = "io.cli"  # the only module that does, but for COMMANDS
 GIT_FLAGS = ["--always", "--dirty", "--abbrev=40", "--exclude=*"]  # another program's
 
 MAX_FUNCTION_LINES = 45
@@ -133,7 +140,7 @@ def strings_in(tree):
             yield node.lineno, node.value
 
 
-@pytest.mark.parametrize("module", [m for m in ORDER if m != KNOWS_THE_COMMAND_LINE])
+@pytest.mark.parametrize("module", [m for m in CORE + DRAWERS if m != KNOWS_THE_COMMAND_LINE])
 def test_module_knows_no_command_line(module):
     tree = tree_of(path_of(module))
     for node in ast.walk(tree):
@@ -179,31 +186,31 @@ def test_script_is_short(script):
     assert count <= MAX_SCRIPT_LINES
 
 
-# ---- what README says of it ----
+# ---- what README and docs/reading.md say of it ----
 
 
-def modules_in_readme():
+def modules_in_table():
     """Return the files of ddp/ that the table of modules names, in its order.
 
     Its lines begin like "| `data/toy.py`, `data/vision.py` | "."""
     files = []
-    for line in (ROOT / "README.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "reading.md").read_text().splitlines():
         first_cell = re.match(r"\|([^|]*)\|", line)
         if first_cell:
             files += re.findall(r"`([a-z_]+(?:/[a-z_]+)?\.py)`", first_cell[1])
     return files
 
 
-def test_readme_table_of_modules_is_true():
-    files = modules_in_readme()
+def test_table_of_modules_is_true():
+    files = modules_in_table()
     assert len(files) == len(set(files))
     ours = {str(path_of(module).relative_to(ROOT / "ddp")) for module in ORDER}
     assert set(files) - {"data/__init__.py"} == ours - {"data/__init__.py"}
 
 
-def test_readme_lists_the_core_in_reading_order():
-    core = [name.removesuffix(".py") for name in modules_in_readme() if "/" not in name]
-    assert core == CORE
+def test_table_lists_the_core_in_reading_order():
+    core = [name.removesuffix(".py") for name in modules_in_table() if "/" not in name]
+    assert core == CORE + COMMANDS
 
 
 def test_readme_has_two_set_up_commands_that_name_the_requirements():
@@ -216,3 +223,14 @@ def test_readme_has_two_set_up_commands_that_name_the_requirements():
     requirements = (ROOT / "requirements.txt").read_text().splitlines()
     (pin,) = [line for line in requirements if line.startswith("torch")]
     assert pin.startswith("torch==2.13.0")
+
+
+def test_citation_is_of_this_version():
+    assert f"version: {ddp.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")], ids=str)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        if not target.startswith(("http:", "https:")):
+            assert (page.parent / target).exists(), f"{page.name} leads to {target}"

@@ -23,7 +23,7 @@ from ddp.io.files import atomic_write
 
 GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)  # when it is damaged
 MAX_BYTES = 1 << 28  # of a download, and of what a file unpacks to; CIFAR-10 has 184 million
-TOO_LONG = f"it is longer than {MAX_BYTES:,} bytes"
+TOO_LONG = "it is longer than {:,} bytes"
 CHUNK_BYTES = 1 << 18
 PATIENCE = 60  # seconds in which a mirror sends at least MIN_BYTES_PER_SECOND
 MIN_BYTES_PER_SECOND = 1000
@@ -169,7 +169,7 @@ def read_tar(stream, names):
     while header := stream.read(TAR_BLOCK):
         total += TAR_BLOCK
         if total > MAX_BYTES:
-            raise ValueError(TOO_LONG)
+            raise ValueError(TOO_LONG.format(MAX_BYTES))
         if not header.strip(b"\0"):  # the end, and what pads it
             continue
         # a name to byte 100, the size as octal digits from 124, a checksum, the kind at 156
@@ -181,7 +181,7 @@ def read_tar(stream, names):
         padded = -(-size // TAR_BLOCK) * TAR_BLOCK
         total += padded
         if total > MAX_BYTES:
-            raise ValueError(TOO_LONG)
+            raise ValueError(TOO_LONG.format(MAX_BYTES))
         content = stream.read(padded)
         if len(content) < padded:
             raise ValueError(f"{printable(name)} is cut short")
@@ -220,24 +220,37 @@ def find_or_download(name, file, data_dir, progress):
     raise OSError(f"data_dir={data_dir}: cannot download {file}{reasons}; put it into {folder}")
 
 
-def fetch(url, expected_md5, progress, path):
-    """Write what `url` holds to `path`. Raises ValueError when it is another file, or long."""
+def fetch(
+    url,
+    expected,  # the digest of what it holds, in hexadecimal digits; None: any
+    progress,  # see ddp.data.load_dataset
+    path,
+    algorithm="md5",  # of the digest
+    most=None,  # bytes; default: MAX_BYTES
+):
+    """Write what `url` holds to `path`.
+
+    Raises ValueError when it is another file, cut short, or longer than `most`."""
+    most = most or MAX_BYTES
     progress = progress or partial(tqdm, disable=True)
     name = url.rsplit("/", 1)[1]
-    md5 = hashlib.md5(usedforsecurity=False)
+    digest = hashlib.new(algorithm, usedforsecurity=False)
     received = 0
     with closing(stream_chunks(url)) as chunks, open(path, "wb") as f:
         total = next(chunks)
         with closing(progress(total=total, unit="B", unit_scale=True, desc=name)) as bar:
             for chunk in chunks:
                 received += len(chunk)
-                if max(received, total or 0) > MAX_BYTES:
-                    raise ValueError(TOO_LONG)
+                if max(received, total or 0) > most:
+                    raise ValueError(TOO_LONG.format(most))
                 f.write(chunk)
-                md5.update(chunk)
+                digest.update(chunk)
                 bar.update(len(chunk))
-    if md5.hexdigest() != expected_md5:
-        raise ValueError(f"not the published file (MD5 {md5.hexdigest()})")
+    if expected not in (None, digest.hexdigest()):
+        what = f"{algorithm.upper()} {digest.hexdigest()}"
+        raise ValueError(f"not the published file ({what})")
+    if received != (total or received):
+        raise ValueError(f"it ended after {received:,} of {total:,} bytes")
 
 
 def stream_chunks(url):
@@ -245,7 +258,7 @@ def stream_chunks(url):
 
     A thread does the waiting, since a mirror that sends a byte now and then, of the answer's head
     or of its body, runs into no timeout of a socket. Raises TimeoutError when it is too slow."""
-    arrived = queue.SimpleQueue()  # of at most MAX_BYTES: what takes them stops there
+    arrived = queue.SimpleQueue()  # what takes them stops where it is too long
     stopped = threading.Event()
 
     def pull():

@@ -18,6 +18,7 @@ from ddp.config import Config
 from ddp.data.files import printable
 from ddp.io.archive import content_digest, read_archive
 from ddp.io.files import atomic_write
+from ddp.io.safetensors_file import SUFFIX, read_safetensors
 from ddp.io.schema import (
     FORMAT,
     INFERENCE_KEYS,
@@ -96,6 +97,9 @@ def strip_training_state(state):
     Nor does it have a path of this machine: a dataset from a folder keeps its name alone."""
     places = {"dataset": PurePath(state["config"]["dataset"]).name or "data"}
     places |= {"data_dir": Config.data_dir, "out_dir": Config.out_dir}
+    for name in ("labels", "cache"):
+        if state["config"].get(name):
+            places[name] = PurePath(state["config"][name]).name
     return {key: state.get(key) for key in INFERENCE_KEYS} | {"config": state["config"] | places}
 
 
@@ -130,7 +134,7 @@ def read_checkpoint(path):
         names = sorted(other.name for other in path.parent.glob("[!.]*.pth"))  # not half written
         others = printable(", ".join(names) or "none", 300)
         raise OSError(f"there is no checkpoint {path}; its folder holds {others}")
-    state = read_archive(path)
+    state = read_safetensors(path) if path.suffix == SUFFIX else read_archive(path)
     require_keys(path, state, {})
     digest = state.pop("digest", None)  # older files have none
     if digest is not None and digest != content_digest(state):
@@ -139,6 +143,8 @@ def read_checkpoint(path):
         raise OSError(f"{path} has format {state['format']}; this version reads up to {FORMAT}")
     require_sound(path, state)
     state.setdefault("units", None)  # before version 0.4
+    if "optimizer" in state:
+        state.setdefault("lr_scales", [])  # before version 0.6
     if state["format"] == 1:
         state = upgrade(state)
         require_sound(path, state)

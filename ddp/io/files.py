@@ -1,6 +1,7 @@
 """Files and folders that appear whole or not at all, and paths that are still free."""
 
 import contextlib
+import hashlib
 import os
 import secrets
 import shutil
@@ -99,6 +100,15 @@ def require_absent(path):
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ValueError(f"out={path} exists and is not overwritten; choose another, or remove it")
     return path
+
+
+def file_digest(path):
+    """Return the SHA-256 of a file, in hexadecimal digits."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as f:
+        while part := f.read(1 << 20):
+            sha.update(part)
+    return sha.hexdigest()
 
 
 def find_checkpoint(path):

@@ -123,6 +123,7 @@ INFERENCE_KEYS = {  # what sampling and evaluation need
 RESUME_KEYS = {  # what a run needs to go on
     "model": is_weights,  # the raw weights
     "optimizer": partial(is_list, is_item=is_optimizer),  # the state of each
+    "lr_scales": partial(is_list, is_item=partial(is_real, least=0, most=1e6)),  # factors on lr
     "scaler": is_scaler,  # fp16's
     "noise_dist": is_noise_dist,  # what importance sampling has learned
     "best": lambda value: value is None or is_real(value, -1e3),  # lowest val_loss

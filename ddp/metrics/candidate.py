@@ -1,7 +1,6 @@
 """What an evaluation is about: its options, the candidates, and the real items to compare with."""
 
 import dataclasses
-import hashlib
 import math
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from ddp.data import permutation, to_float, to_pixels
 from ddp.distributed import in_order
 from ddp.io.checkpoint import load_guide, load_model
 from ddp.io.device import sampling_dtype
+from ddp.io.files import file_digest
 from ddp.model import DiffusionModel
 from ddp.options import SamplerOptions, check_fields, flag
 from ddp.sampling import sample
@@ -161,14 +161,6 @@ def checkpoint_candidate(path, name=None, sampling=None, weights="ema", device="
     del about["guide"]  # a model
     models = (model.for_inference(), model.for_inference(dtype))  # for likelihoods, for samples
     return Candidate(name or Path(path).stem, about, *models, options, config, state["classes"])
-
-
-def file_digest(path):
-    sha = hashlib.sha256()
-    with open(path, "rb") as f:
-        while part := f.read(1 << 20):
-            sha.update(part)
-    return sha.hexdigest()
 
 
 def generate_samples(candidate, reference, options):

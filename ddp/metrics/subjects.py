@@ -9,8 +9,10 @@ from pathlib import Path
 from ddp.data import DATASETS, load_dataset
 from ddp.data.arrays import load_samples
 from ddp.distributed import main_first
-from ddp.io.files import RUN_MODELS, find_checkpoint, next_free_path
-from ddp.metrics.candidate import Candidate, checkpoint_candidate, file_digest
+from ddp.io.download import is_url, locate
+from ddp.io.files import RUN_MODELS, file_digest, find_checkpoint, next_free_path
+from ddp.io.safetensors_file import SUFFIX
+from ddp.metrics.candidate import Candidate, checkpoint_candidate
 from ddp.options import SamplerOptions
 
 BREAK = "--"  # between groups
@@ -25,6 +27,7 @@ class Subject:
     options: dict = field(default_factory=dict)  # of SamplerOptions, and `weights`
     kind: str | None = None  # "checkpoint" or "samples"; None: as the path looks
     group: str | None = None  # of trainings to which it belongs
+    beside: str | None = None  # the path beside which results go; None: `path`
 
     @property
     def checkpoint(self):
@@ -35,13 +38,16 @@ class Subject:
         file = find_checkpoint(path)
         if file != path:
             return file
-        return path if self.kind or path.suffix == ".pth" else None
+        return path if self.kind or path.suffix in (".pth", SUFFIX) else None
 
 
 def find_subjects(checkpoint, samples, compare):
     """A list of Subjects, of one of three: a path, a path, or texts for compared_subjects."""
     if compare:
         return compared_subjects(compare)
+    if checkpoint and is_url(checkpoint):
+        path, beside = locate(checkpoint)
+        return [Subject(str(path), kind="checkpoint", beside=str(beside))]
     return [Subject(checkpoint or samples, kind="checkpoint" if checkpoint else "samples")]
 
 
@@ -223,7 +229,7 @@ def free_place(subjects, dataset, out=None):
     Never inside data, where they would be read as such: of images in a folder the results lie in
     the current folder, and what would be inside the dataset goes beside it. dataset: its name or
     path. Raises ValueError when `out` is inside data."""
-    first = Path(subjects[0].path).absolute()
+    first = Path(subjects[0].beside or subjects[0].path).absolute()
     data = [subject.path for subject in subjects if not subject.checkpoint]
     data += [dataset] if dataset not in DATASETS else []
     folders = [Path(path).resolve() for path in data if Path(path).is_dir()]

@@ -18,6 +18,7 @@ from ddp.optim import (
     as_matrix,
     build_optimizers,
     orthogonalize,
+    saved_lr_scales,
 )
 from ddp.reverse import INITS
 from ddp.schedule import Schedule
@@ -161,3 +162,13 @@ def test_build_optimizers_takes_a_foreign_network():
     optimizers, lr_scales = build_optimizers(model, "muon")
     assert len(optimizers) == len(lr_scales) == 1
     assert len(parameter_ids(optimizers[0])) == 2
+
+
+def test_a_run_goes_on_with_the_rates_that_it_has():
+    today = [BESIDE_MUON_LR, SCHEDULE_LR, MUON_LR]
+    assert saved_lr_scales([2.0, 3.0, 4.0], today) == [2.0, 3.0, 4.0]
+    assert saved_lr_scales([], today) == [1.0, SCHEDULE_LR, 320.0]  # before version 0.6
+    bare = [BESIDE_BARE_MUON_LR, BARE_MUON_LR]
+    assert saved_lr_scales([], bare) == bare
+    with pytest.raises(ValueError, match="2 learning rates, not 3"):
+        saved_lr_scales([1.0, 2.0], today)

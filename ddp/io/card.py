@@ -1,0 +1,149 @@
+"""A model card: one page of Markdown that says what a model is, and a picture of its samples."""
+
+import json
+import os
+import textwrap
+from pathlib import Path
+
+import torch
+
+from ddp.data import to_data
+from ddp.data.files import printable
+from ddp.io.checkpoint import strip_training_state
+from ddp.io.describe import describe
+from ddp.io.figures import save_png
+from ddp.io.files import file_digest
+from ddp.io.item_figures import IMAGES, SEQUENCES, draw_items
+from ddp.io.run_lock import read_record
+from ddp.metrics.comparison import flatten
+from ddp.metrics.report import error_text
+from ddp.options import SamplerOptions
+from ddp.sampling import cycle_labels, sample
+
+NUM_SAMPLES = {1: 1000, 2: SEQUENCES, 3: IMAGES}  # in the picture, by dimensions of an item
+DISTANCES = ("fd", "kid", "wasserstein2", "precision", "recall")  # shown of each feature space
+BOUNDS = (("vlb", "discrete", "total"), ("vlb", "continuous", "total"))
+LIKELIHOODS = (*BOUNDS, ("ode_nll", "uniform", "total"), ("ode_nll", "density", "total"))
+MAX_FIGURES = 12
+GRAPH = """A graph (.onnx, .pt2) computes `x_t` (B{event}) float32, `log_snr` (B,) float32{label} ->
+`x0_hat` (B{event}) float32; `log_snr` is the noise level, log(alpha² / sigma²)."""
+
+CARD = Path(__file__).with_name("card.md").read_text(encoding="utf-8")  # str.format's
+
+
+def draw_samples(model, path):
+    """Write a picture of samples, the first ones of seed 0, by the default sampler."""
+    model = model.for_inference()
+    indices = torch.arange(NUM_SAMPLES[len(model.event)])
+    options = SamplerOptions().resolve(model)
+    x0 = sample(model, indices, 0, cycle_labels(model, indices), **options)
+    save_png(draw_items(to_data(x0, model.units).cpu()), path)
+
+
+def model_card(
+    checkpoint,  # path of the model's file
+    model,
+    config,
+    state,  # the checkpoint's dict
+    checks,  # a line for each file that was written, which begins with its name
+):
+    """Return the text of a model card."""
+    options = SamplerOptions().resolve(model)
+    facts = describe(state, config)
+    data = state["provenance"].get("dataset") or "the training data"
+    names = [line.partition(":")[0] for line in checks]
+    readable = "model.safetensors" if "model.safetensors" in names else checkpoint.name
+    command = training_command(checkpoint.parent)
+    is_pixels = "images in [-1, 1]" if model.is_pixels else "standardized; see model.units"
+    return CARD.format(
+        title=cell(f"{data}: a diffusion model"),
+        event=" x ".join(map(str, model.event)),
+        kind={1: "points", 2: "sequences", 3: "images"}[len(model.event)],
+        sampler=options["sampler"],
+        steps=options["steps"],
+        facts="\n".join(f"| {name} | {cell(text)} |" for name, text in facts.items()),
+        command=f"\nThe command: `{command}`\n" if command else "",
+        settings=settings_text(state),
+        figures="\n".join(figure_lines(checkpoint)),
+        files="\n".join(file_lines(checks, model)),
+        file=readable,
+        label=", label=torch.arange(16) % model.num_classes" if model.num_classes else "",
+        units=f"(16, {', '.join(map(str, model.event))}), {is_pixels}",
+        data=cell(data),
+    )
+
+
+def settings_text(state):
+    """Return the settings that are not left open, without paths of this machine, in lines."""
+    config = strip_training_state(state)["config"]
+    given = {name: value for name, value in config.items() if value not in (None, "")}
+    words = [f"{name}={json.dumps(value)}".replace(" ", "") for name, value in given.items()]
+    return "\n".join(textwrap.wrap(" ".join(words), 100, break_on_hyphens=False))
+
+
+def cell(text):
+    """Return text that stands in a table of Markdown as it is."""
+    for mark in "\\|<>`[]*_":
+        text = text.replace(mark, f"\\{mark}")
+    return text
+
+
+def file_lines(checks, model):
+    """Return a list in Markdown of what was written, and of what a graph takes and gives."""
+    lines = [f"- `{line.replace(':', '`:', 1)}" for line in checks]
+    if any(line.startswith(("model.onnx:", "model.pt2:")) for line in checks):
+        event = "".join(f", {n}" for n in model.event)
+        most = model.num_classes - 1
+        null = f"; {model.num_classes}: no label" if model.has_null_label else ""
+        label = f", `label` (B,) int64, 0 to {most}{null}" if model.num_classes else ""
+        lines += ["", GRAPH.format(event=event, label=label)]
+    return lines
+
+
+def training_command(folder):
+    """Return the command that trained here, as run.json tells it, without paths; None: unknown."""
+    words = read_record(folder).get("command")
+    if not isinstance(words, list) or not words:
+        return None
+    shown = []
+    for word in map(str, words):
+        flag, sign, value = word.rpartition("=")
+        name = Path(value).name if os.path.isabs(value) else value
+        shown.append(f"{flag}{sign}{name}")
+    return printable(" ".join(["python", *shown]).replace("`", "'"), 1000)
+
+
+def figure_lines(checkpoint):
+    """Return a table of what evaluate.py measured of this very file, if its results lie beside."""
+    path = checkpoint.with_name(f"{checkpoint.stem}-evaluation") / "evaluation.json"
+    unknown = ["It was not measured, or the results do not lie beside it."]
+    try:
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
+        subject = evaluation["subjects"][0]
+        if subject["about"].get("sha256") != file_digest(checkpoint):
+            return unknown
+        rows = figure_rows(subject)
+        recipe = evaluation["recipe"]
+        real = f"{recipe['num_samples']} samples, {recipe['reference']} items"
+        unit = recipe["unit"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return unknown
+    if not rows:
+        return unknown
+    head = ["| figure | samples | real items in their place |", "|---|---|---|"]
+    note = f"± is a standard error. {real}; likelihoods in {unit}, by `evaluate.py`."
+    return [*head, *rows[:MAX_FIGURES], "", note]
+
+
+def figure_rows(subject):
+    """Return rows of a table, of the figures that a subject of an evaluation has."""
+    flat = flatten(subject)
+    rows = []
+    for keys, estimate in flat.items():
+        if keys in LIKELIHOODS:
+            rows.append(f"| {', '.join(keys)} | {error_text(estimate)} | |")
+        elif len(keys) == 3 and keys[1] in DISTANCES and keys[2] == "samples":
+            real = flat.get((*keys[:2], "real_vs_real"))
+            name = f"{keys[1]} of {keys[0]}"
+            rows.append(f"| {name} | {error_text(estimate)} | {error_text(real)} |")
+    return rows
