@@ -8,6 +8,7 @@ from ddp.config import Config
 from ddp.data import load_dataset
 from ddp.distributed import main_first, on_main
 from ddp.io import cli
+from ddp.io.board import require_tensorboard
 from ddp.io.checkpoint import units_of
 from ddp.io.cli import add_flag
 from ddp.io.config_file import read_config, write_config
@@ -42,12 +43,9 @@ def main(args):
     overrides = dict(vars(args))
     names = ("plugin", "resume", "config", "init_from", "new_data", "dry_run", "profile")
     options = {name: overrides.pop(name, None) for name in names}
-    for name in ("config", "init_from"):
-        own = f"{name}={options[name]}: a resumed run has its own; leave it out"
-        cli.reject_if((options["resume"] and options[name], own))
-    given = overrides
-    if options["config"]:
-        overrides, given = read_config(options["config"], overrides)
+    starts = options["config"] or options["init_from"]
+    cli.reject_if((options["resume"] and starts, "resume: config and init_from are of new runs"))
+    overrides, given = read_config(options["config"], overrides)
     config, folder, path, state = on_main(resolve_run, overrides, options["resume"])
     if state:
         newest = ", the newest" if options["resume"] == "auto" else ""
@@ -56,6 +54,7 @@ def main(args):
         print(f"nothing to resume in {Path(config.out_dir).resolve()}: a new run")
     device = select_device(config.device)
     select_precision(config.precision, device)  # refused before anything is downloaded
+    require_tensorboard(config.tensorboard)
     with main_first():  # which downloads or decodes for all
         dataset = load_dataset(**config.data_options(), units=units_of(state), progress=loading_bar)
     print(*dataset.describe(), sep="\n")
@@ -90,6 +89,7 @@ def train_loop(trainer, run):
     config = trainer.config
     progress = Progress(trainer.step, trainer.num_steps)
     run.warn = progress.warn
+    run.open_board(trainer)
     with progress, GracefulStop(progress.warn) as stop:
         for stats in trainer.run():
             finished = stats.progress >= 1

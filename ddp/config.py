@@ -152,6 +152,7 @@ class Config:
     )
     keep_checkpoints: int = flag(2, "numbered checkpoints to keep", at_least=0)
     sample_every: int = flag(None, "steps between sample grids (default: 5 a run)", int, at_least=1)
+    tensorboard: bool = flag(False, "write files for TensorBoard, too")
 
     def __post_init__(self):
         check_fields(self)
@@ -315,7 +316,7 @@ FALLBACKS = {f.name: f.metadata["fallback"] for f in fields(Config) if "fallback
 RESUMABLE_FIELDS = {
     *("epochs", "max_steps", "max_minutes", "planned_steps", "lr", "lr_schedule", "warmup"),
     *("weight_decay", "grad_clip", "ema_decay", "device", "precision", "compile", "threads"),
-    *("reduce", "checkpoint_activations", "labels", "cache"),
+    *("reduce", "checkpoint_activations", "labels", "cache", "tensorboard"),
     *("name", "data_dir", "out_dir", "save_every", "keep_checkpoints", "sample_every"),
 }
 

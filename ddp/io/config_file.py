@@ -31,13 +31,15 @@ def write_config(folder, given, config):
 
 
 def read_config(path, overrides):
-    """Return the fields of Config that a config.json and `overrides`, a dict, say together.
+    """Return the fields of Config that a config.json, or None, and `overrides` say together.
 
-    Returned are those to begin from and, of them, those that were given. An override wins. Fields
-    that the run had chosen stay, so that it is repeated; but where one is overridden from which
-    others follow, such as the size, they are chosen anew. The name is not taken over: the new run
-    gets a folder of its own. The file may also hold fields alone. Raises OSError when there is no
-    such file, ValueError when it is none or holds an unknown field."""
+    overrides: a dict, which wins. Returned are the fields to begin from and, of them, those that
+    were given. What the run had chosen stays, so that it is repeated; but where a field is
+    overridden from which others follow, such as the size, they are chosen anew. The name is not
+    taken over: the new run gets a folder of its own. The file may also hold fields alone. Raises
+    OSError when there is no such file, ValueError when it is none or holds an unknown field."""
+    if path is None:
+        return overrides, overrides
     given, chosen = read_json(path)
     known = [field.name for field in fields(Config)]
     for name in (*given, *chosen):

@@ -18,6 +18,7 @@ import torch
 
 from ddp.data import to_data
 from ddp.distributed import broadcast, is_main, on_main
+from ddp.io.board import Board
 from ddp.io.checkpoint import (
     checkpoint_state,
     read_checkpoint,
@@ -66,6 +67,7 @@ class RunWriter:
         self.latest_loss = math.nan  # the newest one that was looked at
         self.flushed = time.monotonic()
         self.lock = None  # run.json, open, on the main process
+        self.board = None  # TensorBoard's files
         self.folder = on_main(self.take, folder, resume_path, step, may_number)
 
     def take(self, folder, resume_path, step, may_number):
@@ -92,6 +94,8 @@ class RunWriter:
         return self
 
     def __exit__(self, *error):
+        if self.board:
+            self.board.close()
         if self.lock:
             self.lock.close()  # and with it ends the lock
 
@@ -102,6 +106,11 @@ class RunWriter:
                 path.unlink()
         if not goes_on and read_log(self.folder):
             move_to_free(self.folder / "log.csv", self.folder / "log.csv")  # as log-2.csv
+
+    def open_board(self, trainer):
+        """Write TensorBoard's files from now on, on the main process."""
+        if trainer.config.tensorboard and is_main():
+            self.board = Board(self.folder, trainer.step)
 
     # ---- the log ----
 
@@ -156,6 +165,8 @@ class RunWriter:
             self.warned = True
         else:
             self.warned = False
+            if self.board:
+                self.board.add_rows(self.pending[:done])
             del self.pending[:done]
 
     def append_log(self, text):
@@ -282,6 +293,8 @@ class RunWriter:
         except OSError as error:
             return f"warning: a picture cannot be written ({error}); the run goes on"
         self.write_page(trainer)
+        if self.board:
+            self.board.add_samples(trainer, paths[0])
         return f"step {trainer.step:,}: wrote {self.names(p for p in paths if p.exists())}"
 
     def write_page(self, trainer):
