@@ -32,7 +32,7 @@ def parse(arguments=None):
     help = "a checkpoint with whose weights a new run starts, to fine-tune them"
     add_flag(parser, "init_from", type=cli.path, metavar="PATH", help=help)
     add_flag(parser, "new_data", action="store_true", help="resume on data that changed since")
-    add_flag(parser, "dry_run", action="store_true", help="one step, then diagnostics")
+    add_flag(parser, "dry_run", action="store_true", help="a few steps, then diagnostics")
     add_flag(parser, "profile", action="store_true", help="show where the time of a step goes")
     cli.add_config_flags(parser, Config)
     cli.add_plugin_flag(parser)

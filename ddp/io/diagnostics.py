@@ -8,8 +8,10 @@ from functools import partial
 import torch
 from torch.profiler import profile as record_profile
 
+from ddp.data import to_data
 from ddp.io.figures import save_png, schedule_curve, to_pil
 from ddp.io.files import atomic_write, next_free_path
+from ddp.io.item_figures import draw_items, room
 from ddp.io.memory import training_memory
 from ddp.loss import WEIGHTINGS
 from ddp.planning import synchronize
@@ -20,6 +22,7 @@ MAX_TERMINAL_SNR = 1e-3  # above it the data shows through the noise from which 
 LEVEL_ITEMS = 1 << 16  # noise levels sampled for the table
 LEVEL_BINS = 12  # rows of the table
 PROFILED_STEPS = 20
+TIMED_STEPS = 3  # by a dry run
 WARMUP_STEPS = 5  # in which kernels are chosen and memory is allocated
 PARTS = ("batch", "forward", "backward", "optimizer", "the rest")
 KINDS = {  # words in the names of PyTorch's operations, of which the first that matches counts
@@ -34,10 +37,10 @@ OTHER = "the rest"
 
 
 def dry_run(trainer, folder):
-    """Yield lines of text: memory, the schedule's ends, its noise levels; then take one step.
+    """Yield lines of text: memory, the schedule's ends, its noise levels; then take some steps.
 
-    Each line is known before what comes after it is tried. A figure is written next to `folder`,
-    that of the run."""
+    Each line is known before what comes after it is tried. Figures of the schedule and of training
+    items are written next to `folder`, that of the run."""
     schedule = trainer.model.schedule
     memory = memory_report(trainer)
     parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in memory.items())
@@ -48,13 +51,42 @@ def dry_run(trainer, folder):
     for log_snr, fraction, weight in rows:
         bar = "#" * round(30 * weight)
         yield f"{log_snr:7.2f} {fraction:12.1%}  {weight:9.4f} {bar}"
-    trainer.train_step(0.0)
+    yield duration(trainer)
     t = torch.linspace(0, 1, 201)  # for the curve
     log_snr = schedule.log_snr(t).detach().cpu().clamp_min(MIN_LOG_SNR)  # (201,)
-    image = to_pil(schedule_curve(t.tolist(), log_snr.tolist(), rows))
-    path = next_free_path(folder.with_name(f"{folder.name}-dry_run"), ".png").resolve()
-    atomic_write(path, partial(save_png, image))
-    yield f"one step went well; wrote {path}, and nothing else"
+    curve = to_pil(schedule_curve(t.tolist(), log_snr.tolist(), rows))
+    paths = []
+    for name, image in (("dry_run", curve), ("items", training_items(trainer))):
+        path = next_free_path(folder.with_name(f"{folder.name}-{name}"), ".png").resolve()
+        atomic_write(path, partial(save_png, image))
+        paths.append(path)
+    yield f"all went well; wrote {paths[0]},"
+    yield f"and {paths[1]}: items as the network will see them; and nothing else"
+
+
+def duration(trainer):
+    """Take a few steps; return a line that says how long they take, and how long the run will."""
+    trainer.train_step(0.0)  # it sets the device up
+    synchronize(trainer.device)
+    started = time.perf_counter()
+    for _ in range(TIMED_STEPS):
+        trainer.train_step(0.0)
+    synchronize(trainer.device)
+    seconds = (time.perf_counter() - started) / TIMED_STEPS
+    text = f"time: about {1e3 * seconds:,.0f} ms a step"
+    if trainer.num_steps is None:  # the clock governs it
+        minutes = trainer.config.max_minutes
+        return f"{text}, {60 * minutes / seconds:,.0f} steps in {minutes:g} minutes"
+    minutes = seconds * trainer.num_steps / 60
+    return f"{text}, {minutes:,.1f} minutes for {trainer.num_steps:,} steps, and saving"
+
+
+def training_items(trainer):
+    """Return a PIL image of training items: cropped, scaled and augmented as in a run."""
+    count = min(trainer.config.batch_size, room(trainer.dataset.event))
+    x0, _ = trainer.training_batch(0, count)  # (count, *event)
+    x0, _ = trainer.augmented(0, x0)
+    return draw_items(to_data(x0.cpu(), trainer.dataset.units))
 
 
 def schedule_summary(config, schedule):

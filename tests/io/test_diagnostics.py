@@ -1,6 +1,7 @@
 """Diagnostics: memory, the weight of noise levels and the time of a step, as they are."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from ddp.data import load_dataset
 from ddp.io.diagnostics import (
     KINDS,
     OTHER,
+    TIMED_STEPS,
     dry_run,
     kind_of,
     memory_report,
@@ -42,7 +44,8 @@ def test_dry_run_reports_and_plots(tmp_path):
     trainer = make_trainer(schedule="scaled_linear")
     lines = list(dry_run(trainer, tmp_path / "run"))
     text = "\n".join(lines)
-    assert trainer.step == 1
+    assert trainer.step == 1 + TIMED_STEPS
+    assert re.search(r"time: about [\d,]+ ms a step, [\d.]+ minutes for [\d,]+ steps", text)
     assert "terminal SNR 0.0047" in text  # the published figure: Lin et al. 2024, table 1
     assert "warning" in text
     assert "shift=2.3" in text
@@ -50,9 +53,16 @@ def test_dry_run_reports_and_plots(tmp_path):
     assert "effective weight" in text
     assert "activations" in text
     assert "--" not in text
-    assert [path.name for path in tmp_path.iterdir()] == ["run-dry_run.png"]
-    assert str(tmp_path / "run-dry_run.png") in lines[-1]
-    assert Image.open(tmp_path / "run-dry_run.png").width > 500
+    names = ["run-dry_run.png", "run-items.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    for name in names:
+        assert str(tmp_path / name) in text
+        assert Image.open(tmp_path / name).width > 150
+
+
+def test_dry_run_says_how_many_steps_fit_into_the_minutes(tmp_path):
+    text = "\n".join(dry_run(make_trainer(max_steps=None, max_minutes=2), tmp_path / "run"))
+    assert re.search(r"time: about [\d,]+ ms a step, [\d,]+ steps in 2 minutes", text)
 
 
 @pytest.mark.parametrize(

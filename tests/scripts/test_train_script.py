@@ -518,16 +518,18 @@ def test_resumed_run_is_compiled_only_when_it_is_asked_for():
 # ---- diagnostics ----
 
 
-def test_dry_run_reports_and_writes_one_figure(tmp_path):
+def test_dry_run_reports_and_writes_two_figures(tmp_path):
     out = run("train.py", *TINY, "--dry-run", "--schedule", "scaled_linear", cwd=tmp_path)
     assert "parameters" in out
     assert "terminal SNR 0.0047" in out  # the published figure: Lin et al. 2024, table 1
     assert "warning" in out
     assert "effective weight" in out
     assert "activations" in out
-    (path,) = (tmp_path / "checkpoints").iterdir()
-    assert str(path) in out
-    assert Image.open(path).width > 500
+    paths = list((tmp_path / "checkpoints").iterdir())
+    assert len(paths) == 2
+    for path in paths:
+        assert str(path) in out
+        assert Image.open(path).width > 150
 
 
 @pytest.mark.parametrize(
