@@ -31,6 +31,7 @@ from ddp.config import Config, resume_config
 from ddp.data import load_dataset
 from ddp.io import run_writer
 from ddp.io.checkpoint import INFERENCE_KEYS, load_model, read_checkpoint
+from ddp.io.config_file import read_config
 from ddp.io.run_lock import RECORD, lock_folder, read_record
 from ddp.io.run_writer import RunWriter
 
@@ -52,6 +53,7 @@ def test_train_writes_a_run(trained):
     names = {path.name for path in folder.iterdir()}
     numbered = {"step_00000018.pth", "step_00000020.pth"}  # two are kept
     others = {"last.pth", "best.pth", "model.pth", "log.csv", "loss.png", "samples", RECORD}
+    others |= {"config.json", "report.html"}
     assert names == numbered | others
     rows = read_rows(folder)
     assert [int(row["step"]) for row in rows] == list(range(1, 21))
@@ -515,6 +517,21 @@ def test_resumed_run_is_compiled_only_when_it_is_asked_for():
     assert resume_config(Config(), {"compile": True}).compile
 
 
+def test_a_run_begins_from_the_settings_and_the_weights_of_another(tmp_path):
+    run("train.py", *TINY, "--max_steps", 2, "--dropout", 0.1, cwd=tmp_path)
+    first, second = (tmp_path / "checkpoints" / name for name in ("digits", "digits-2"))
+    flags = ["--config", first / "config.json", "--init_from", first, "--lr", 0.0]
+    assert "lr" in refused("train.py", *flags, cwd=tmp_path)
+    flags[-1] = 1e-30
+    run("train.py", *flags, cwd=tmp_path)
+    folders = (first, second)
+    configs = [read_config(folder / "config.json", {})[0] for folder in folders]
+    assert {name for name in configs[0] if configs[0][name] != configs[1][name]} == {"lr"}
+    models = [read_checkpoint(folder / "model.pth")["ema"] for folder in folders]
+    weights = [model["network.conv_in.weight"] for model in models]
+    torch.testing.assert_close(*weights)  # it went on from there, so slowly
+
+
 # ---- diagnostics ----
 
 
@@ -670,7 +687,8 @@ def test_train_and_generate_with_every_option(files, tmp_path, line):
 def test_every_train_option_and_choice_is_used_by_a_test():
     elsewhere = {"--batch_size", "--resume", "--dry_run", "--max_steps", "--profile", "--compile"}
     elsewhere |= {"--new_data", "--labels", "--cache"}
-    elsewhere |= {"--plugin"}  # by test_registries.py
+    elsewhere |= {"--config", "--init_from", "--plugin"}  # of which the last by test_registries.py
+    elsewhere |= {"--tensorboard"}  # by tests/io/test_board.py
     text = execute("train.py", "--help", cwd=ROOT).out
     options = {"--" + name.replace("-", "_") for name in re.findall(r"--([a-z][\w-]*)", text)}
     words = set(" ".join(TRAIN_LINES).split())
