@@ -100,7 +100,7 @@ def main(args):
     tell("\n".join(dataset.describe() + lines))
     metrics = parse_metrics(args.metrics, kinds_of(dataset), bool(models))
     options = options.resolve(dataset, candidates)
-    progress = partial(tqdm, leave=False, mininterval=0.1 if sys.stderr.isatty() else 10)
+    progress = partial(tqdm, leave=False, disable=None)  # None: a bar in a terminal only
     reference = Reference(dataset, options, device, progress)
     what = (candidates, reference, metrics, options)
     if not is_main():

@@ -32,8 +32,9 @@ def parse(arguments=None):
     help = "a checkpoint with whose weights a new run starts, to fine-tune them"
     add_flag(parser, "init_from", type=cli.path, metavar="PATH", help=help)
     add_flag(parser, "new_data", action="store_true", help="resume on data that changed since")
-    add_flag(parser, "dry_run", action="store_true", help="a few steps, then diagnostics")
-    add_flag(parser, "profile", action="store_true", help="show where the time of a step goes")
+    group = parser.add_mutually_exclusive_group()
+    add_flag(group, "dry_run", action="store_true", help="a few steps, then diagnostics")
+    add_flag(group, "profile", action="store_true", help="show where the time of a step goes")
     cli.add_config_flags(parser, Config)
     cli.add_plugin_flag(parser)
     return parser.parse_args(arguments)
@@ -41,11 +42,12 @@ def parse(arguments=None):
 
 def main(args):
     overrides = dict(vars(args))
-    names = ("plugin", "resume", "config", "init_from", "new_data", "dry_run", "profile")
+    names = ("plugin", "resume", "config", "new_data", "dry_run", "profile")
     options = {name: overrides.pop(name, None) for name in names}
-    starts = options["config"] or options["init_from"]
-    cli.reject_if((options["resume"] and starts, "resume: config and init_from are of new runs"))
+    new = options["resume"] and (options["config"] or overrides.get("init_from"))
+    cli.reject_if((new, "resume: config and init_from are of new runs; leave them out"))
     overrides, given = read_config(options["config"], overrides)
+    init_from = overrides.pop("init_from", None)
     config, folder, path, state = on_main(resolve_run, overrides, options["resume"])
     if state:
         newest = ", the newest" if options["resume"] == "auto" else ""
@@ -63,16 +65,14 @@ def main(args):
     elif state:
         require_same_data(state, path, dataset)
     config = fit_shards(config.resolve(dataset), dataset, device, print)
-    weights = starting_weights(options["init_from"], config, dataset)
+    weights = starting_weights(init_from, config, dataset, print)
     if options["dry_run"] or options["profile"]:
         trainer = build_trainer(config, dataset, device, state, print, weights)
-        for line in dry_run(trainer, folder) if options["dry_run"] else ():
+        for line in dry_run(trainer, folder) if options["dry_run"] else profile(trainer):
             print(line)
-        if options["profile"]:
-            print(*profile(trainer), sep="\n")
         return 0
-    step = state["step"] if state else 0
-    with RunWriter(folder, path, step, may_number=not (state or config.name)) as run:
+    may_number = not (state or config.name)
+    with RunWriter(folder, path, state["step"] if state else 0, may_number) as run:
         write_record(run.lock, config, dataset)
         trainer = build_trainer(config, dataset, device, state, print, weights)
         print(f"run: {run.folder}, {plan(trainer)}")

@@ -169,6 +169,7 @@ def draw_differences(axis, variants, name):
     axis.set_yticks(range(len(shown)), shown, fontsize=8)
     axis.invert_yaxis()
     axis.set_xscale("symlog", linthresh=10)
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel(f"{COLUMNS[name]} less the default's, % of it")
 
 

@@ -101,8 +101,9 @@ def file_lines(checks, model):
 
 
 def training_command(folder):
-    """Return the command that trained here, as run.json tells it, without paths; None: unknown."""
-    words = read_record(folder).get("command")
+    """Return the command with which a run began here, by run.json, without paths; None: unknown."""
+    record = read_record(folder)
+    words = record.get("first_command", record.get("command"))
     if not isinstance(words, list) or not words:
         return None
     shown = []

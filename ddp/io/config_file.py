@@ -15,7 +15,7 @@ NAME = "config.json"
 MAX_BYTES = 2**20  # of a file that is read
 LIMITS = ("epochs", "max_steps", "max_minutes", "planned_steps")
 # fields from which no other field follows
-ALONE = RESUMABLE_FIELDS | {"seed"}
+ALONE = RESUMABLE_FIELDS | {"seed", "init_from"}
 
 
 def write_config(folder, given, config):
@@ -41,7 +41,7 @@ def read_config(path, overrides):
     if path is None:
         return overrides, overrides
     given, chosen = read_json(path)
-    known = [field.name for field in fields(Config)]
+    known = [*(field.name for field in fields(Config)), "init_from"]  # see setup.starting_weights
     for name in (*given, *chosen):
         if name not in known:
             hint = did_you_mean(name, known)
@@ -57,6 +57,7 @@ def read_config(path, overrides):
 def read_json(path):
     """Return what a config.json says was given and chosen, two dicts of fields."""
     path = Path(path)
+    path = path / NAME if path.is_dir() else path  # of a run's folder, its own
     if not path.is_file():
         raise OSError(f"config={path}: there is no such file")
     try:

@@ -53,7 +53,10 @@ def exported(model):
     batch = torch.export.Dim("batch", min=1, max=1 << 20)
     shapes = tuple({0: batch} for _ in inputs)
     with quiet(), torch.no_grad():
-        return denoiser, torch.export.export(denoiser, inputs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(denoiser, inputs, dynamic_shapes=shapes, strict=False)
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine
+    return denoiser, program
 
 
 @contextlib.contextmanager

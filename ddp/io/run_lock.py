@@ -67,6 +67,7 @@ def write_record(file, config, dataset):
     if file is None:
         return
     record = {
+        "first_command": first_command(file),  # with which the run began; "command": goes on
         "launch": launch_id(),  # of torchrun
         "host": platform.node(),
         "pid": os.getpid(),
@@ -82,6 +83,17 @@ def write_record(file, config, dataset):
     file.truncate()
     json.dump(record, file, indent=1)
     file.flush()
+
+
+def first_command(file):
+    """Return the command with which the run of run.json, open, began: this one, in a new run."""
+    file.seek(0)
+    try:
+        before = json.loads(file.read(MAX_RECORD_BYTES))
+    except (ValueError, RecursionError):  # an empty file, of a new run
+        before = {}
+    before = before if isinstance(before, dict) else {}
+    return before.get("first_command", before.get("command", sys.argv))
 
 
 def read_record(folder, any_host=False):

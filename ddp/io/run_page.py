@@ -11,19 +11,21 @@ import time
 from dataclasses import asdict
 from functools import partial
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
 
 from ddp.io.checkpoint import provenance
 from ddp.io.figures import loss_by_level, loss_curve, rate_curve, to_pil
 from ddp.io.files import atomic_write
+from ddp.io.run_lock import read_record
 from ddp.metrics.likelihood import loss_by_noise_level
 from ddp.metrics.report import PAGE, html_figure
 from ddp.metrics.uncertainty import Estimate
 from ddp.validation import fitting_batch
 
 NAME = "report.html"
+PLACES = ("dataset", "data_dir", "out_dir", "labels", "cache")  # of this machine
 MAX_GRIDS = 12  # grids of samples that are shown, the first and the newest among them
 MAX_GRID_BYTES = 1_500_000  # of them together: the page is to be sent by mail
 LEVEL_ITEMS = 200  # items on which the loss by noise level is measured
@@ -44,7 +46,9 @@ function show(shown) {{
 def write_page(folder, trainer, rows):
     """Write report.html into a run's folder. rows: of log.csv, see run_log.read_log."""
     config = trainer.config
-    settings = {"chosen": asdict(config), "provenance": provenance(trainer.dataset)}
+    chosen = {name: value for name, value in asdict(config).items() if name not in PLACES}
+    name = PurePath(config.dataset).name  # no path: the page may be sent around
+    settings = {"data": name, "chosen": chosen, "provenance": provenance(trainer.dataset)}
     figures = {
         "loss: of training, and of items that no gradient sees": loss_curve(rows) if rows else None,
         "loss of the EMA model by noise level": loss_by_level(levels(trainer)),
@@ -54,13 +58,19 @@ def write_page(folder, trainer, rows):
     parts = ["<h2>samples</h2>", slider(folder), "<h2>training</h2>"]
     parts.append(f'<div class="figures">{"".join(shown)}</div>')
     page = PAGE.substitute(
-        title=escape(f"{Path(folder).name}: {trainer.num_params:,} weights on {config.dataset}"),
+        title=escape(f"{Path(folder).name}: {trainer.num_params:,} weights on {name}"),
         summary=escape(summary(trainer, rows)),
         body="\n".join(parts),
-        command=escape(shlex.join(["python", *sys.argv])),
+        command=escape(shlex.join(["python", *begun_with(folder)])),
         settings=escape(json.dumps(settings, indent=1)),
     )
     atomic_write(Path(folder) / NAME, partial(Path.write_text, data=page, encoding="utf-8"))
+
+
+def begun_with(folder):
+    """Return the words of the command with which the run in a folder began."""
+    words = read_record(folder).get("first_command", sys.argv)
+    return [str(word) for word in words] if isinstance(words, list) else sys.argv
 
 
 def summary(trainer, rows):
@@ -74,7 +84,8 @@ def summary(trainer, rows):
         parts += [f"of held-out items {float(tested[-1]):.4f}"] if tested else []
     if trainer.seconds and trainer.step:
         left = trainer.seconds * (steps - trainer.step) / trainer.step
-        parts.append(f"{trainer.seconds / 60:.1f} minutes of training, {left / 60:.1f} left")
+        parts.append(f"{trainer.seconds / 60:.1f} minutes of training")
+        parts[-1] += f", {left / 60:.1f} left" if left else ", all of it"
         parts.append(f"{items / trainer.seconds:,.0f} items a second")
     memory = peak_memory(trainer.device)
     parts += [f"{memory / 1e6:,.0f} MB of memory at most"] if memory else []

@@ -30,20 +30,23 @@ def build_trainer(config, dataset, device, state, tell, weights=None):
     return trainer
 
 
-def starting_weights(path, config, dataset):
+def starting_weights(path, config, dataset, tell):
     """Return the EMA weights of a checkpoint or run, with which a new run is to start; None: None.
 
-    A state_dict of the network. Raises ValueError when that is not the network of the config."""
+    A state_dict of the network. tell: called with a line. Raises ValueError when that is not the
+    network of the config."""
     if path is None:
         return None
-    weights = load_model(find_checkpoint(path))[0].network.state_dict()
+    model, theirs, _ = load_model(find_checkpoint(path))
+    weights = model.network.state_dict()
     num_classes = len(dataset.classes) if config.class_cond else 0
     ours = build_model(config, dataset.event, num_classes).network.state_dict()
     shapes = [{name: x.shape for name, x in each.items()} for each in (ours, weights)]
-    other = sorted(shapes[0].items() ^ shapes[1].items())
-    if other:
-        raise ValueError(
-            f"init_from={path}: its network is another one, see {other[0][0]}; give the flags of "
-            "that run, or its config.json"
-        )
+    if shapes[0] != shapes[1]:
+        options = theirs.network_options() | {"class_cond": theirs.class_cond}
+        now = config.network_options() | {"class_cond": config.class_cond}
+        other = [f"{name}={options[name]}" for name in options if options[name] != now[name]]
+        what = ", ".join(other) or f"items of {model.event} and {model.num_classes} classes"
+        raise ValueError(f"init_from={path}: its network is of {what}; give the same")
+    tell(f"it starts with the weights of {path}")
     return weights

@@ -75,6 +75,13 @@ def test_a_misspelled_field_is_told_from_the_nearest(tmp_path):
         read_config(tmp_path / "nowhere.json", {})
 
 
+def test_a_runs_folder_means_its_file_and_weights_to_start_with_stay(tmp_path, config):
+    write_config(tmp_path, {"init_from": "a.pth"}, config)
+    values, given = read_config(tmp_path, {"lr": 0.5})
+    assert values["init_from"] == given["init_from"] == "a.pth"
+    assert values["channels_base"] == config.channels_base
+
+
 def test_nothing_is_meant_where_nothing_is_near():
     assert did_you_mean("--ephocs", ["--lr", "--epochs"]) == "; did you mean --epochs?"
-    assert did_you_mean("--zzz", ["--lr", "--epochs"]) == ""
+    assert did_you_mean("--learning_rate", ["--lr", "--planned_steps"]) == ""

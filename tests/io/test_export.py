@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import ROOT
 
 from ddp.config import Config
 from ddp.data import load_dataset
@@ -86,6 +87,7 @@ def test_onnx_computes_the_same(kind, tmp_path):
     model = make_model(kind)
     export_onnx(model, None, tmp_path / "a.onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["a.onnx"]  # no file beside it
+    assert str(ROOT).encode() not in (tmp_path / "a.onnx").read_bytes()  # no path of this machine
     graph = onnx.load(tmp_path / "a.onnx").graph
     assert not [node for node in graph.node if node.op_type == "BatchNormalization"]
     names = ["x_t", "log_snr", "label"][: len(graph.input)]

@@ -93,4 +93,6 @@ def test_summary_says_how_long_it_takes(tmp_path):
     text = summary(trainer, [])
     assert "Step 1 of 2" in text
     assert "2.0 minutes of training, 2.0 left" in text
+    trainer.step = 2
+    assert "2.0 minutes of training, all of it" in summary(trainer, [])
     assert "0 items a second" in text

@@ -36,7 +36,9 @@ def folder(digits, tmp_path_factory):
 @pytest.mark.parametrize("name", ["", "model.pth"])
 def test_a_run_starts_with_the_weights_of_another(digits, folder, name):
     config = config_of(digits, lr=1e-4, seed=5, prediction="v")
-    weights = starting_weights(folder / name, config, digits)
+    lines = []
+    weights = starting_weights(folder / name, config, digits, lines.append)
+    assert lines == [f"it starts with the weights of {folder / name}"]
     trainer = build_trainer(config, digits, torch.device("cpu"), None, lambda line: None, weights)
     for model in (trainer.model, trainer.ema):
         assert model.network.state_dict().keys() == weights.keys()
@@ -47,13 +49,20 @@ def test_a_run_starts_with_the_weights_of_another(digits, folder, name):
     assert not trainer.model.network.conv_in.weight.equal(weights["conv_in.weight"])
 
 
-@pytest.mark.parametrize("fields", [{"channels_base": 16}, {"norm": "none"}, {"class_cond": True}])
-def test_weights_of_another_network_are_refused(digits, folder, fields):
-    with pytest.raises(ValueError, match="its network is another one, see "):
-        starting_weights(folder, config_of(digits, **fields), digits)
+@pytest.mark.parametrize(
+    ("fields", "needed"),
+    [
+        ({"channels_base": 16}, "channels_base=8"),
+        ({"norm": "none"}, "norm=batch"),
+        ({"class_cond": True}, "class_cond=False"),
+    ],
+)
+def test_weights_of_another_network_are_refused(digits, folder, fields, needed):
+    with pytest.raises(ValueError, match=f"its network is of {needed}; give the same"):
+        starting_weights(folder, config_of(digits, **fields), digits, print)
 
 
 def test_no_weights_and_no_checkpoint(digits, tmp_path):
-    assert starting_weights(None, config_of(digits), digits) is None
+    assert starting_weights(None, config_of(digits), digits, print) is None
     with pytest.raises(OSError, match=r"nowhere.pth"):
-        starting_weights(tmp_path / "nowhere.pth", config_of(digits), digits)
+        starting_weights(tmp_path / "nowhere.pth", config_of(digits), digits, print)
