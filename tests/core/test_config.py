@@ -170,8 +170,7 @@ def test_config_takes_a_batch_of_one_where_no_batchnorm_is():
 @pytest.mark.parametrize(
     ("fields", "weighting", "timesteps"),
     [
-        ({}, "min_snr", 1000),
-        ({"prediction": "v"}, "v", 1000),
+        ({}, "v", 1000),
         ({"prediction": "eps"}, "snr", 1000),
         ({"prediction": "x0"}, "min_snr", 1000),
         ({"prediction": "flow", "timesteps": 0}, "flow", 0),

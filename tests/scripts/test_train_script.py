@@ -794,7 +794,7 @@ def test_shipped_mnist_is_the_run_of_the_documents(tmp_path):
     assert path.stat().st_size <= 4_000_000
     _, config, state = load_model(path)
     assert (config.dataset, config.data_dir) == ("mnist", "data")
-    assert f"mnist --max_steps {config.max_steps}`" in (ROOT / "README.md").read_text()
+    assert f"mnist --max_minutes {config.max_minutes:g}`" in (ROOT / "README.md").read_text()
     assert f"{state['step']:,} steps" in (ROOT / "docs" / "evaluation.md").read_text()
     run("generate.py", "--checkpoint", path, "--num_samples", 16, "--out", "a.npz", cwd=tmp_path)
     images = read_arrays(tmp_path / "a.npz")["images"]
