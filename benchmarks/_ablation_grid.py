@@ -14,7 +14,7 @@ from ddp.reverse import UNet
 
 # dataset -> fields of Config of all its runs: their length, and what is predicted
 DATASETS = {
-    "digits": {"epochs": 100, "dropout": 0.0},  # of which it is a variant
+    "digits": {"epochs": 100},
     "mnist": {"max_steps": 1000, "prediction": "x0"},
     "cifar10": {"max_steps": 700, "prediction": "x0"},
     "swiss_roll": {"max_steps": 1500},

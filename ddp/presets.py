@@ -9,7 +9,7 @@ PRESETS = {
         "blocks_per_level": 6,
         "channel_mult": [2],
         "patch_size": 2,
-        "dropout": 0.1,  # of few items many epochs: less test loss, fewer near copies
+        "dropout": 0.0,  # 0.1 has 1.6% less test loss, and takes 1.3 times as long
         "noise_copies": 3,  # few items gain from several noisy copies of each in a batch
         "noise_dist": "stratified",
         "prediction": "x0",
