@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from ddp import blocks
 from ddp.config import Config
 from ddp.data import load_dataset
 from ddp.forward import q_sample
@@ -136,9 +137,14 @@ def measure_layers(calls, batches, device, timing):
 
 
 def count_flops(function):
-    """Return the FLOPs of a call of function(), and those of its convolutions."""
+    """Return the FLOPs of a call of function(), and those of its convolutions.
+
+    Without those of the zeros that blocks.SmallMapConv puts between images."""
+    has_amx = blocks.HAS_AMX
+    blocks.HAS_AMX = False
     with FlopCounterMode(display=False) as counter:
         function()
+    blocks.HAS_AMX = has_amx
     flops = 0
     conv_flops = 0
     for name, count in counter.get_flop_counts()["Global"].items():

@@ -97,7 +97,8 @@ def test_state_dict_holds_what_a_run_must_remember():
     trainer.train_step(0.0)
     state = trainer.state_dict()
     assert list(state) == [
-        *("step", "ema", "model", "optimizer", "scaler", "noise_dist", "best", "seconds")
+        *("step", "ema", "model", "optimizer", "lr_scales", "scaler", "noise_dist", "best"),
+        "seconds",
     ]
     assert state["step"] == 1
     assert list(state["noise_dist"]) == ["loss_sq_ema"]
@@ -122,6 +123,7 @@ HELD = {
 # fields that are no matter of the trainer, but of who builds it or writes its files
 ELSEWHERE = {"planned_steps", "device", "compile", "name", "data_dir", "out_dir"}
 ELSEWHERE |= {"threads", "cache", "labels", "save_every", "keep_checkpoints", "sample_every"}
+ELSEWHERE |= {"tensorboard"}  # tests/io/test_board.py
 
 
 def ema_is_the_model(trainer):

@@ -608,7 +608,7 @@ def test_schedule_of_one_level_cannot_be_inverted(files, tmp_path):
 
 
 def test_samples_that_become_infinite_are_not_written(files, tmp_path):
-    np.save(tmp_path / "huge.npy", np.full((4, 1, 8, 8), 1e38))
+    np.save(tmp_path / "huge.npy", np.full((4, 1, 8, 8), 3.4e38))
     flags = ["--checkpoint", files["run"], "--latents", "huge.npy", "--out", "a.npz"]
     assert "infinite" in refused("generate.py", *flags, cwd=tmp_path, code=1)
     assert [path.name for path in tmp_path.iterdir()] == ["huge.npy"]

@@ -781,7 +781,7 @@ def test_dataset_by_path_is_remembered_as_an_absolute_path(tmp_path):
 
 
 def test_shipped_digits_is_the_run_that_the_first_example_makes():
-    assert DIGITS.stat().st_size <= 2_500_000
+    assert DIGITS.stat().st_size <= 2_000_000
     _, config, state = load_model(DIGITS)
     chosen = (config.dataset, config.epochs, config.lr, config.batch_size)
     assert chosen == ("digits", 100, 1e-3, 128)
