@@ -21,12 +21,8 @@ COLUMNS = {  # figure -> its title; those that the runs of a dataset have are sh
     "histogram_kl": "histogram KL",
     "gap": "nats above the entropy",
 }
-DIFFERENCES = (
-    "v_loss",
-    "fd",
-    "sliced_wasserstein",
-    "gap",
-)  # whose difference to the default is shown
+# figures whose difference to the default is shown, too
+DIFFERENCES = ("v_loss", "fd", "sliced_wasserstein", "gap")
 ENDS_WELL = 1.1  # a run does whose test loss is below so many times the default's
 
 

@@ -313,8 +313,9 @@ class Config:
 FALLBACKS = {f.name: f.metadata["fallback"] for f in fields(Config) if "fallback" in f.metadata}
 
 # What may change when a run is resumed. All else would make it another run.
+LIMITS = ("epochs", "max_steps", "max_minutes", "planned_steps")  # of a run
 RESUMABLE_FIELDS = {
-    *("epochs", "max_steps", "max_minutes", "planned_steps", "lr", "lr_schedule", "warmup"),
+    *(*LIMITS, "lr", "lr_schedule", "warmup"),
     *("weight_decay", "grad_clip", "ema_decay", "device", "precision", "compile", "threads"),
     *("reduce", "checkpoint_activations", "labels", "cache", "tensorboard"),
     *("name", "data_dir", "out_dir", "save_every", "keep_checkpoints", "sample_every"),
@@ -333,8 +334,7 @@ def resume_config(config, overrides):
             raise ValueError(
                 f"{name}={value} is not the resumed run's {saved[name]}; leave it out or start anew"
             )
-    limits = ("epochs", "max_steps", "max_minutes", "planned_steps")
-    given = [overrides.get(name) for name in limits[:-1]]
-    if any(given) and given != [saved[name] for name in limits[:-1]]:
-        saved.update(dict.fromkeys(limits))  # new limits take the place of the old ones
+    given = [overrides.get(name) for name in LIMITS[:-1]]
+    if any(given) and given != [saved[name] for name in LIMITS[:-1]]:
+        saved.update(dict.fromkeys(LIMITS))  # new limits take the place of the old ones
     return Config(**{**saved, **overrides})

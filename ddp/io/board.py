@@ -6,7 +6,6 @@ import numpy as np
 from PIL import Image
 
 from ddp.io.run_log import COLUMNS
-from ddp.io.run_page import levels
 
 FOLDER = "tensorboard"  # within the run's
 
@@ -34,14 +33,16 @@ class Board:
                 if value is not None and value != "":
                     self.writer.add_scalar(name, float(value), int(step))
 
-    def add_samples(self, trainer, path):
-        """Add the grid of samples in a PNG, and what the EMA model and its weights are like."""
+    def add_samples(self, trainer, path, levels):
+        """Add the grid of samples in a PNG, the loss by noise level, and histograms of weights.
+
+        levels: see run_page.loss_levels."""
         step = trainer.step
         with Image.open(path) as image:
             self.writer.add_image(
                 "samples", np.asarray(image.convert("RGB")), step, dataformats="HWC"
             )
-        for level, row in levels(trainer).items():
+        for level, row in levels.items():
             self.writer.add_scalar(f"v loss by log-SNR/{level}", row["v"].value, step)
         for name, weight in trainer.ema.network.named_parameters():
             self.writer.add_histogram(name, weight.float().cpu(), step)

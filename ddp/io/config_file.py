@@ -6,14 +6,13 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
-from ddp.config import RESUMABLE_FIELDS, Config
+from ddp.config import LIMITS, RESUMABLE_FIELDS, Config
 from ddp.io.files import atomic_write
 from ddp.io.spelling import did_you_mean
 from ddp.presets import OLD_NAMES
 
 NAME = "config.json"
 MAX_BYTES = 2**20  # of a file that is read
-LIMITS = ("epochs", "max_steps", "max_minutes", "planned_steps")
 # fields from which no other field follows
 ALONE = RESUMABLE_FIELDS | {"seed", "init_from"}
 

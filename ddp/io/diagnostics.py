@@ -66,13 +66,9 @@ def dry_run(trainer, folder):
 
 def duration(trainer):
     """Take a few steps; return a line that says how long they take, and how long the run will."""
-    trainer.train_step(0.0)  # it sets the device up
-    synchronize(trainer.device)
-    started = time.perf_counter()
-    for _ in range(TIMED_STEPS):
-        trainer.train_step(0.0)
-    synchronize(trainer.device)
-    seconds = (time.perf_counter() - started) / TIMED_STEPS
+    step = partial(trainer.train_step, 0.0)
+    repeat(step, 1, trainer.device)  # it sets the device up
+    seconds = repeat(step, TIMED_STEPS, trainer.device) / TIMED_STEPS
     text = f"time: about {1e3 * seconds:,.0f} ms a step"
     if trainer.num_steps is None:  # the clock governs it
         minutes = trainer.config.max_minutes

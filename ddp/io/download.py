@@ -1,7 +1,6 @@
 """A checkpoint from the web: downloaded once, checked, kept in ~/.cache/ddp."""
 
 import hashlib
-import os
 import re
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
@@ -11,7 +10,7 @@ from ddp.data.files import printable
 from ddp.data.vision import fetch
 from ddp.distributed import main_first
 from ddp.io.checkpoint import read_checkpoint
-from ddp.io.files import atomic_write, file_digest, find_checkpoint
+from ddp.io.files import atomic_write, cache_folder, file_digest, find_checkpoint
 from ddp.io.safetensors_file import SUFFIX
 
 MAX_MODEL_BYTES = 1 << 32  # of a download
@@ -45,7 +44,7 @@ def download(text, progress=None):
     name = re.sub(r"[^\w.-]", "_", PurePosixPath(urlsplit(url).path).name)[-100:]
     if not name.endswith((".pth", SUFFIX)) or name.startswith("."):
         raise ValueError(f"{printable(text)}: expected the URL of a .pth or {SUFFIX} file")
-    path = cache_folder() / hashlib.sha256(url.encode()).hexdigest()[:16] / name
+    path = cache_folder() / "models" / hashlib.sha256(url.encode()).hexdigest()[:16] / name
     if path.is_file() and expected in (None, file_digest(path)):
         return path
 
@@ -62,12 +61,3 @@ def download(text, progress=None):
     except (OSError, HTTPException, ValueError) as error:
         reason = printable(" ".join(str(error).split()), 300)
         raise OSError(f"cannot download {printable(url)}: {reason}") from None
-
-
-def cache_folder():
-    """Return the folder of downloaded models. Raises OSError where there is no home."""
-    try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
-        raise OSError("there is no home for a download; set XDG_CACHE_HOME") from None
-    return cache / "ddp" / "models"

@@ -111,6 +111,15 @@ def file_digest(path):
     return sha.hexdigest()
 
 
+def cache_folder():
+    """Return the folder of what can be had again. Raises OSError where there is no home."""
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise OSError("there is no home for a cache; set XDG_CACHE_HOME") from None
+    return cache / "ddp"
+
+
 def find_checkpoint(path):
     """Return the path of the checkpoint that `path` means: itself or, of a run's folder, one of
     RUN_MODELS."""

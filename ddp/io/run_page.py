@@ -43,15 +43,17 @@ function show(shown) {{
 </script>"""
 
 
-def write_page(folder, trainer, rows):
-    """Write report.html into a run's folder. rows: of log.csv, see run_log.read_log."""
+def write_page(folder, trainer, rows, levels):
+    """Write report.html into a run's folder.
+
+    rows: of log.csv, see run_log.read_log. levels: see loss_levels."""
     config = trainer.config
     chosen = {name: value for name, value in asdict(config).items() if name not in PLACES}
     name = PurePath(config.dataset).name  # no path: the page may be sent around
     settings = {"data": name, "chosen": chosen, "provenance": provenance(trainer.dataset)}
     figures = {
         "loss: of training, and of items that no gradient sees": loss_curve(rows) if rows else None,
-        "loss of the EMA model by noise level": loss_by_level(levels(trainer)),
+        "loss of the EMA model by noise level": loss_by_level(levels),
         "learning rate, and norm of the gradient": rate_curve(rows) if rows else None,
     }
     shown = [html_figure(name, to_pil(figure)) for name, figure in figures.items() if figure]
@@ -105,7 +107,7 @@ def peak_memory(device):
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def levels(trainer):
+def loss_levels(trainer):
     """Return the loss of the EMA model at ten noise levels, as figures.loss_by_level takes it."""
     dataset = trainer.dataset
     count = min(fitting_batch(dataset.event, LEVEL_ITEMS), dataset.num_selection)

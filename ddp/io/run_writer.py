@@ -32,7 +32,7 @@ from ddp.io.item_figures import draw_items, room
 from ddp.io.run_dir import checkpoints, require_newest, take_folder
 from ddp.io.run_lock import lock_folder
 from ddp.io.run_log import COLUMNS, read_log
-from ddp.io.run_page import write_page
+from ddp.io.run_page import loss_levels, write_page
 from ddp.options import SamplerOptions
 from ddp.sampling import cycle_labels, sample
 from ddp.validation import fitting_batch
@@ -292,15 +292,18 @@ class RunWriter:
             return f"step {trainer.step:,}: samples are not finite yet, no image written"
         except OSError as error:
             return f"warning: a picture cannot be written ({error}); the run goes on"
-        self.write_page(trainer)
-        if self.board:
-            self.board.add_samples(trainer, paths[0])
+        self.write_reports(trainer, rows, paths[0])
         return f"step {trainer.step:,}: wrote {self.names(p for p in paths if p.exists())}"
 
-    def write_page(self, trainer):
-        """Write report.html on one process; where that fails, a warning is told."""
+    def write_reports(self, trainer, rows, grid):
+        """Write report.html and, if wanted, TensorBoard's files; where that fails, warn.
+
+        rows: of log.csv. grid: the path of the picture of samples."""
         try:
-            write_page(self.folder, trainer, read_log(self.folder))
+            levels = loss_levels(trainer)
+            write_page(self.folder, trainer, rows, levels)
+            if self.board:
+                self.board.add_samples(trainer, grid, levels)
         except Exception as error:
             self.warn(f"warning: report.html cannot be written ({error}); the run goes on")
 

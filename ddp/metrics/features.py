@@ -6,10 +6,8 @@ cache. Inception is the network of published FIDs. FEATURES lists them.
 """
 
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,7 @@ from ddp.data.dataset import digest, permutation, to_float
 from ddp.data.mapped import subset
 from ddp.distributed import main_first, on_main
 from ddp.io.checkpoint import read_archive, require_same
-from ddp.io.files import atomic_write
+from ddp.io.files import atomic_write, cache_folder
 from ddp.metrics.distances import prdc
 from ddp.metrics.fixed_features import PART, filter_features, pixel_features, value_features
 from ddp.metrics.uncertainty import Estimate
@@ -149,10 +147,10 @@ def load_or_train_classifier(dataset, progress, device="cpu"):
 
     progress wraps an iterable, as tqdm does. The file is None where it cannot be written."""
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # there is no home: nothing is kept
+        cache = cache_folder()
+    except OSError:  # there is no home: nothing is kept
         return train_classifier(dataset, progress, device), None
-    path = cache / "ddp" / f"classifier-{dataset.fingerprint}-{VERSION}.pth"
+    path = cache / f"classifier-{dataset.fingerprint}-{VERSION}.pth"
     with torch.device("meta"):  # its shapes, without its random numbers
         classifier = Classifier(dataset.event, count_outputs(dataset))
     try:
