@@ -12,7 +12,7 @@ from ddp.distributed import is_main
 from ddp.io import cli
 from ddp.io.cli import add_flag, reject_if
 from ddp.io.device import select_device, set_tf32
-from ddp.io.files import atomic_dir, require_absent
+from ddp.io.files import atomic_dir, require_absent, shown_path
 from ddp.io.progress import loading_bar
 from ddp.io.run_dir import data_source
 from ddp.metrics.candidate import OLD_OPTIONS, EvaluateOptions, Reference
@@ -109,8 +109,8 @@ def main(args):
     how = (shlex.join(["python", *sys.argv]), args.metrics is None, tell)
     with atomic_dir(out) as written:
         evaluation, stopped = measure_and_report(*what, written.folder, *how)
-    files = sorted(map(str, written.path.iterdir()))
-    tell("\n  ".join([f"\n{evaluation['seconds']:.0f} s, wrote", *files]))
+    page = shown_path(written.path / "evaluation.html")
+    tell(f"\n{evaluation['seconds']:.0f} s, wrote {page}, and the figures beside it")
     if stopped:
         raise stopped
     return 0

@@ -8,28 +8,31 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from ddp.data import to_data
 from ddp.data.files import counted
 from ddp.distributed import in_order, is_main, world_size
-from ddp.editing import EditInputs, changes, dropout_layers
+from ddp.editing import dropout_layers
 from ddp.io import cli
 from ddp.io.checkpoint import load_guide, load_model
 from ddp.io.cli import add_flag
 from ddp.io.device import sampling_dtype, select_device, set_tf32
 from ddp.io.download import locate
-from ddp.io.edit_inputs import DEFAULT_COUNT, check_edit, grid_options, read_edit_inputs
-from ddp.io.progress import loading_bar
-from ddp.io.sample_batches import data_to_compare, draw
+from ddp.io.edit_inputs import check_edit, grid_options, parse_labels, read_edit_inputs
+from ddp.io.progress import Pace, loading_bar
+from ddp.io.sample_batches import data_to_compare, draw, states_of
 from ddp.io.writer import FORMATS, SampleWriter, parse_output
 from ddp.options import SamplerOptions
-from ddp.sampling import sample_trajectory
 from ddp.threads import choose_sampling_threads
 
 
 def parse(arguments=None):
     parser = cli.make_parser(__doc__)
     add_flag(parser, "checkpoint", type=cli.path, required=True, help="a checkpoint, run, or URL")
-    add_flag(parser, "num_samples", type=int, help="default: 64, or one for each edited item")
+    add_flag(
+        parser,
+        "num_samples",
+        type=int,
+        help="default: 64 (points: 2000), or one for each edited item",
+    )
     add_flag(parser, "out", type=cli.path, help="a new folder, or a file .png, .npz or .gif")
     add_flag(parser, "format", help=f"some of {','.join(FORMATS)} (default: grid)")
     add_flag(parser, "label", help="classes by name or number, such as 3,5 (default: all in turn)")
@@ -58,10 +61,8 @@ def main(args):
     model = model.for_inference(dtype)
     guide = load_guide(sampler.guide_checkpoint, device, dtype)
     options = sampler.resolve(model, guide)
-    labels = cli.parse_labels(args.label, model, checkpoint["classes"], bool(edit["path"]))
-    inputs, total, lines = EditInputs(model, options, args.seed), DEFAULT_COUNT, []
-    if edit["name"]:
-        inputs, total, lines = read_edit_inputs(model, options, sampler.steps, args.seed, **edit)
+    labels = parse_labels(args.label, model, checkpoint["classes"], bool(edit["path"]))
+    inputs, total, lines = read_edit_inputs(model, options, sampler.steps, args.seed, **edit)
     if args.mc_dropout:
         dropout_layers(model)  # raises when there are none
     named = edit["path"] or (edit["name"] and len(model.event) > 1)
@@ -69,7 +70,8 @@ def main(args):
     alone = alone or formats == ["npz"] or not is_main()
     reference, lines = (None, lines) if alone else data_to_compare(config, path, model.event)
     lines += choose_sampling_threads(model, args.batch_size, args.threads)
-    shown = grid_options(edit["name"], args.mc_dropout, model.is_pixels)
+    classes = [checkpoint["classes"][k] for k in labels or range(model.num_classes)]
+    shown = grid_options(edit["name"], args.mc_dropout, classes)
     total = args.num_samples or total
     if total <= args.batch_size * (world_size() - 1):
         line = f"batch_size={args.batch_size} leaves some of {world_size()} processes idle"
@@ -86,23 +88,23 @@ def main(args):
 
 def write(inputs, labels, batch_size, passes, writer):
     """Draw samples, batch by batch, for the writer, and return lines to print."""
-    total, seed, options = writer.total, inputs.seed, inputs.options
+    total, options = writer.total, inputs.options
     started = time.monotonic()
     starts = range(0, total, batch_size)
     batches = (torch.arange(start, min(start + batch_size, total)) for start in starts)
     squared_errors = []
+    pace = Pace()
     with tqdm(total=total, unit="sample", disable=None) as bar:
         for batch, errors in in_order(partial(draw, inputs, labels, passes), batches, False):
             writer.add(**batch)
             squared_errors += [] if errors is None else [errors]
             bar.update(len(batch["items"]))
+            left = bar.disable and is_main() and pace.time_left(writer.count, total)
+            if left:
+                print(f"{writer.count:,} of {counted(total, 'sample')}, {left}", file=sys.stderr)
     seconds = time.monotonic() - started
     if writer.needs_states and is_main():
-        indices = torch.arange(writer.num_animated)
-        label = inputs.labels(indices, labels)
-        changed = options | changes(inputs, indices, label)
-        states = sample_trajectory(inputs.model, indices, seed, label, **changed)
-        writer.animate(to_data(x_t, inputs.model.units).cpu() for _, x_t, _ in states)
+        writer.animate(states_of(inputs, labels, writer.num_animated))
     what = f"{counted(total, 'sample')} by {options['sampler']}"
     speed = f"{seconds:.1f} s, {total / seconds:.1f} a second"
     lines = [f"{what} in {counted(options['steps'], 'step')}: {speed}"]

@@ -14,6 +14,7 @@ from ddp.io.cli import add_flag
 from ddp.io.config_file import read_config, write_config
 from ddp.io.device import select_device, select_precision
 from ddp.io.diagnostics import dry_run, profile
+from ddp.io.files import shown_path
 from ddp.io.memory import fit_shards
 from ddp.io.progress import Progress, loading_bar, plan
 from ddp.io.run_dir import accept_data, require_same_data, resolve_run
@@ -53,7 +54,7 @@ def main(args):
         newest = ", the newest" if options["resume"] == "auto" else ""
         print(f"resume: {path}, step {state['step']:,}{newest}")
     elif options["resume"]:
-        print(f"nothing to resume in {Path(config.out_dir).resolve()}: a new run")
+        print(f"nothing to resume in {shown_path(config.out_dir)}: a new run")
     device = select_device(config.device)
     select_precision(config.precision, device)  # refused before anything is downloaded
     require_tensorboard(config.tensorboard)
@@ -75,7 +76,7 @@ def main(args):
     with RunWriter(folder, path, state["step"] if state else 0, may_number) as run:
         write_record(run.lock, config, dataset)
         trainer = build_trainer(config, dataset, device, state, print, weights)
-        print(f"run: {run.folder}, {plan(trainer)}")
+        print(f"run: {shown_path(run.folder)}, {plan(trainer)}")
         on_main(write_config, run.folder, given, trainer.config)
         return train_loop(trainer, run)
 
@@ -108,11 +109,8 @@ def train_loop(trainer, run):
     if not finished:
         print("go on with:", cli.command_line(__file__, "resume", run.folder))
         return 128 + stop.signal
-    model = run.folder / "model.pth"
-    print(
-        "draw samples with:",
-        cli.command_line(Path(__file__).with_name("generate.py"), "checkpoint", model),
-    )
+    generate = Path(__file__).with_name("generate.py")
+    print("draw samples with:", cli.command_line(generate, "checkpoint", run.folder / "model.pth"))
     return 0
 
 

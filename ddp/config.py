@@ -47,7 +47,7 @@ class Config:
         at_least=1,
         at_most=2**20,
     )
-    test_fraction: float = flag(None, "fraction to test on", float, above=0, at_most=0.5)
+    test_fraction: float = flag(None, "test share (default: 0.1)", float, above=0, at_most=0.5)
     labels: str = flag(None, "labels of the items of an array: a .npy or .csv", str)
     cache: str = flag(None, "keep decoded images of a folder in this folder, on disk", str)
     augment: str = flag("none", "augmentation of training images", choices=AUGMENTATIONS)

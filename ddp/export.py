@@ -8,6 +8,7 @@ from ddp.io import cli
 from ddp.io.cli import add_flag
 from ddp.io.download import locate
 from ddp.io.export import EXPORTS, default_folder, export, parse_formats
+from ddp.io.files import shown_path
 
 
 def parse(arguments=None):
@@ -25,7 +26,7 @@ def main(args):
     formats = parse_formats(args.format)
     path, beside = locate(args.checkpoint)
     out = export(path, formats, args.out or default_folder(beside), print)
-    print(f"wrote {out}")
+    print(f"wrote {shown_path(out)}")
     return 0
 
 

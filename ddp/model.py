@@ -50,6 +50,11 @@ class DiffusionModel(nn.Module):
         self.num_classes = num_classes
         self.has_null_label = has_null_label
 
+    def extra_repr(self):  # of repr(model), above its parts
+        classes = f", {self.num_classes} classes" if self.num_classes else ""
+        count = sum(weight.numel() for weight in self.network.parameters())
+        return f"{self.prediction}-prediction of items {self.event}{classes}, {count:,} weights"
+
     @property
     def is_image(self):
         return len(self.event) == 3

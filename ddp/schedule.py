@@ -192,6 +192,10 @@ class Schedule(nn.Module):
             if not entry.trained:
                 self.require_falling()
 
+    def extra_repr(self):  # of repr(schedule)
+        steps = f"{self.timesteps} steps" if self.timesteps else "continuous time"
+        return f"{self.name}, {steps}, shift {math.exp(self.offset / 2):g}"
+
     def make_table(self, entry):
         if entry.betas:
             betas = entry.betas(self.timesteps)

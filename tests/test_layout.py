@@ -34,21 +34,22 @@ DRAWERS = [
     ),
     *("data.decode", "data.cache", "data.folder", "data", "data.arrays"),
     *("io.edit_inputs", "io.device", "io.figures", "io.item_figures"),
+    *("io.page", "io.tables", "io.run_log"),
     *("io.archive", "io.schema", "io.safetensors_file", "io.checkpoint"),
     *("io.describe", "io.download", "io.memory"),
     *("metrics.ode", "metrics.likelihood", "metrics.distances", "metrics.uncertainty"),
     *("metrics.fixed_features", "metrics.features", "metrics.candidate"),
     "metrics.likelihood_metrics",
     *("metrics.sample_metrics", "metrics.comparison", "metrics.evaluate", "metrics.subjects"),
-    "metrics.report",
-    *("io.run_lock", "io.run_dir", "io.run_log", "io.run_page", "io.board"),
+    *("metrics.verdict", "metrics.report"),
+    *("io.run_lock", "io.run_dir", "io.sample_batches", "io.run_page", "io.board"),
     "io.run_writer",
     *("io.progress", "io.setup"),
-    *("io.card", "io.export"),
-    *("io.sample_batches", "io.writer", "io.diagnostics", "io.terminal", "io.spelling"),
+    *("io.runs", "io.compare_page", "io.card", "io.export"),
+    *("io.writer", "io.diagnostics", "io.terminal", "io.spelling"),
     *("io.config_file", "io.cli"),
 ]
-COMMANDS = ["inspect", "export"]  # python -m ddp.inspect: thin, as SCRIPTS are
+COMMANDS = ["inspect", "export", "compare"]  # python -m ddp.inspect: thin, as SCRIPTS are
 ORDER = CORE + DRAWERS + COMMANDS
 DOCSTRING_ONLY = ["metrics", "io"]  # __init__.py of a drawer that offers no names
 SCRIPTS = ["train.py", "evaluate.py", "generate.py"]

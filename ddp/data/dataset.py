@@ -15,7 +15,7 @@ MIN_ITEMS_FOR_VAL = 2000
 DIGEST_BYTES = 1 << 24  # of items that are read at a time
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(repr=False)  # whose own would print all items
 class Dataset:
     """Items to train on, to choose on and to report on, with their labels if there are any.
 
@@ -70,6 +70,12 @@ class Dataset:
             counts += f"{len(self.test):,} test items"
             remark = ""
         return [*self.summary, f"data: {self.name}, {counts}, {shape}{remark}"]
+
+    def __repr__(self):
+        counts = f"{len(self.train):,} train, {0 if self.val is None else len(self.val):,} val, "
+        counts += f"{len(self.test):,} test"
+        classes = f", {len(self.classes)} classes" if self.classes else ""
+        return f"Dataset({self.name!r}, items {self.event}: {counts}{classes})"
 
     def to(self, device):
         """A copy whose training items lie on the device; all else stays where it is."""

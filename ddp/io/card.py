@@ -5,22 +5,15 @@ import os
 import textwrap
 from pathlib import Path
 
-import torch
-
-from ddp.data import to_data
 from ddp.data.files import printable
 from ddp.io.checkpoint import strip_training_state
 from ddp.io.describe import describe
-from ddp.io.figures import save_png
-from ddp.io.files import file_digest
-from ddp.io.item_figures import IMAGES, SEQUENCES, draw_items
 from ddp.io.run_lock import read_record
+from ddp.io.runs import find_evaluation
+from ddp.io.tables import error_text
 from ddp.metrics.comparison import flatten
-from ddp.metrics.report import error_text
 from ddp.options import SamplerOptions
-from ddp.sampling import cycle_labels, sample
 
-NUM_SAMPLES = {1: 1000, 2: SEQUENCES, 3: IMAGES}  # in the picture, by dimensions of an item
 DISTANCES = ("fd", "kid", "wasserstein2", "precision", "recall")  # shown of each feature space
 BOUNDS = (("vlb", "discrete", "total"), ("vlb", "continuous", "total"))
 LIKELIHOODS = (*BOUNDS, ("ode_nll", "uniform", "total"), ("ode_nll", "density", "total"))
@@ -29,15 +22,6 @@ GRAPH = """A graph (.onnx, .pt2) computes `x_t` (B{event}) float32, `log_snr` (B
 `x0_hat` (B{event}) float32; `log_snr` is the noise level, log(alpha² / sigma²)."""
 
 CARD = Path(__file__).with_name("card.md").read_text(encoding="utf-8")  # str.format's
-
-
-def draw_samples(model, path):
-    """Write a picture of samples, the first ones of seed 0, by the default sampler."""
-    model = model.for_inference()
-    indices = torch.arange(NUM_SAMPLES[len(model.event)])
-    options = SamplerOptions().resolve(model)
-    x0 = sample(model, indices, 0, cycle_labels(model, indices), **options)
-    save_png(draw_items(to_data(x0, model.units).cpu()), path)
 
 
 def model_card(
@@ -116,23 +100,18 @@ def training_command(folder):
 
 def figure_lines(checkpoint):
     """Return a table of what evaluate.py measured of this very file, if its results lie beside."""
-    path = checkpoint.with_name(f"{checkpoint.stem}-evaluation") / "evaluation.json"
     unknown = ["It was not measured, or the results do not lie beside it."]
+    evaluation, subject = find_evaluation(checkpoint)
     try:
-        evaluation = json.loads(path.read_text(encoding="utf-8"))
-        subject = evaluation["subjects"][0]
-        if subject["about"].get("sha256") != file_digest(checkpoint):
-            return unknown
         rows = figure_rows(subject)
-        recipe = evaluation["recipe"]
-        real = f"{recipe['num_samples']} samples, {recipe['reference']} items"
-        unit = recipe["unit"]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        recipe = evaluation.get("recipe", {})
+        real = f"{recipe.get('num_samples')} samples, {recipe.get('reference')} items"
+    except (ValueError, LookupError, TypeError, AttributeError):  # anybody's file
         return unknown
     if not rows:
         return unknown
     head = ["| figure | samples | real items in their place |", "|---|---|---|"]
-    note = f"± is a standard error. {real}; likelihoods in {unit}, by `evaluate.py`."
+    note = f"± is a standard error. {real}; likelihoods in {recipe['unit']}, by `evaluate.py`."
     return [*head, *rows[:MAX_FIGURES], "", note]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ddp.distributed import is_first_failure, is_lost_process, leave, processes
 from ddp.editing import EDITS, EditInputs
+from ddp.io.files import shown_path
 from ddp.io.spelling import did_you_mean
 from ddp.io.terminal import safe_process
 from ddp.options import SamplerOptions, count_or_auto, image_size, integers
@@ -52,6 +53,14 @@ KINDS = {
 
 
 class Parser(argparse.ArgumentParser):
+    def _check_value(self, action, value):
+        """Refuse a value that is none of the choices, and tell it from the nearest."""
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), [*map(str, action.choices)])
+            raise
+
     def parse_args(self, args=None, namespace=None):
         """Parse flags. One that is unknown is told from the nearest."""
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -199,26 +208,6 @@ def edit_options(args):
     return options | {"name": None, "path": None}
 
 
-def parse_labels(text, model, classes, of_edit=False):
-    """Return the class numbers that `text`, such as "3" or "cat,dog", means; None for None.
-
-    of_edit: they are of the user's items, which have no label unless it is given. Raises
-    ValueError for an unknown class, or a model that does not fit."""
-    if text is None:
-        if of_edit and model.num_classes and not model.has_null_label:
-            raise ValueError("label=None: this model was never trained without a label; give it")
-        return None
-    if not model.num_classes:
-        raise ValueError(f"label={text}: needs a model trained with class_cond; this one was not")
-    numbers = {str(i): i for i in range(len(classes))}
-    numbers |= {name: i for i, name in enumerate(classes)}
-    words = [text] if text in numbers else [word.strip() for word in text.split(",")]
-    for word in words:
-        if word not in numbers:
-            raise ValueError(f"label={word}: expected some of {', '.join(classes)}")
-    return [numbers[word] for word in words]
-
-
 def require_at_least(args, **bounds):
     """Raise ValueError when a flag in `args` is below its bound, or above all reason."""
     for name, bound in bounds.items():
@@ -237,11 +226,9 @@ def reject_if(*reasons):
 PLUGINS = []  # paths of those that were run
 
 
-def command_line(script, flag, value):
-    """Return the line that starts a script, by its name alone where it lies in this folder."""
-    script = Path(script).resolve()
-    name = script.name if script.parent == Path.cwd() else str(script)
-    return shlex.join(["python", name, f"--{flag}", str(value)])
+def command_line(script, flag, path):
+    """Return the line that starts a script with a path, each from the current folder if it can."""
+    return shlex.join(["python", str(shown_path(script)), f"--{flag}", str(shown_path(path))])
 
 
 def with_breaks(arguments=None):
@@ -334,6 +321,7 @@ def command(
             code = 1
             if is_first_failure():  # whose cause is that of all
                 code, line = exit_status(error)
-                script = os.path.basename(sys.modules[main.__module__].__file__)
-                print(f"{script}: {line}", file=stderr)
+                script = Path(sys.modules[main.__module__].__file__)
+                name = f"ddp.{script.stem}" if script.parent.name == "ddp" else script.name
+                print(f"{name}: {line}", file=stderr)
         return code

@@ -10,7 +10,7 @@ from torch.profiler import profile as record_profile
 
 from ddp.data import to_data
 from ddp.io.figures import save_png, schedule_curve, to_pil
-from ddp.io.files import atomic_write, next_free_path
+from ddp.io.files import atomic_write, next_free_path, shown_path
 from ddp.io.item_figures import draw_items, room
 from ddp.io.memory import training_memory
 from ddp.loss import WEIGHTINGS
@@ -57,11 +57,11 @@ def dry_run(trainer, folder):
     curve = to_pil(schedule_curve(t.tolist(), log_snr.tolist(), rows))
     paths = []
     for name, image in (("dry_run", curve), ("items", training_items(trainer))):
-        path = next_free_path(folder.with_name(f"{folder.name}-{name}"), ".png").resolve()
+        path = next_free_path(folder.with_name(f"{folder.name}-{name}"), ".png")
         atomic_write(path, partial(save_png, image))
         paths.append(path)
-    yield f"all went well; wrote {paths[0]},"
-    yield f"and {paths[1]}: items as the network will see them; and nothing else"
+    yield f"all went well; wrote {shown_path(paths[0])},"
+    yield f"and {shown_path(paths[1])}: items as the network will see them; and nothing else"
 
 
 def duration(trainer):

@@ -8,6 +8,8 @@ from ddp.editing import EDITS, FRAMES, WITHOUT_NOISE, EditInputs
 from ddp.sampling import SAMPLERS
 
 DEFAULT_COUNT = 64  # samples, where nothing says how many
+DEFAULT_POINTS = 2000  # the same of points
+MAX_CLASSES = 20  # that have a column each
 
 
 def check_edit(sampler, name, path, mask=None, strength=None, **jumps):
@@ -48,6 +50,9 @@ def read_edit_inputs(model, options, steps, seed, name, path, mask=None, **given
     options: of SamplerOptions.resolve. steps: as the user gave them, or None. given: the other
     arguments of check_edit. Raises OSError when a file cannot be read, ValueError when it does
     not fit."""
+    if name is None:
+        count = DEFAULT_POINTS if len(model.event) == 1 else DEFAULT_COUNT
+        return EditInputs(model, options, seed), count, []
     edit = EDITS[name]
     if edit.steps and steps is None:  # as many as the edit needs
         options = options | {"steps": min(edit.steps, model.schedule.timesteps or edit.steps)}
@@ -74,11 +79,36 @@ def read_edit_inputs(model, options, steps, seed, name, path, mask=None, **given
     return inputs, FRAMES * (count - 1) if name == "interpolate" else count, summary
 
 
-def grid_options(name, mc_dropout=None, is_pixels=True):
-    """Return how SampleWriter shows the samples of an edit: titles, or the number of columns."""
+def parse_labels(text, model, classes, of_edit=False):
+    """Return the class numbers that `text`, such as "3" or "cat,dog", means; None for None.
+
+    of_edit: they are of the user's items, which have no label unless it is given. Raises
+    ValueError for an unknown class, or a model that does not fit."""
+    if text is None:
+        if of_edit and model.num_classes and not model.has_null_label:
+            raise ValueError("label=None: this model was never trained without a label; give it")
+        return None
+    if not model.num_classes:
+        raise ValueError(f"label={text}: needs a model trained with class_cond; this one was not")
+    numbers = {str(i): i for i in range(len(classes))}
+    numbers |= {name: i for i, name in enumerate(classes)}
+    words = [text] if text in numbers else [word.strip() for word in text.split(",")]
+    for word in words:
+        if word not in numbers:
+            raise ValueError(f"label={word}: expected some of {', '.join(classes)}")
+    return [numbers[word] for word in words]
+
+
+def grid_options(name, mc_dropout=None, classes=()):
+    """Return how SampleWriter shows samples: titles of an edit, or the number of columns.
+
+    classes: the names of those that plain samples are of, in turn: a column each."""
     if mc_dropout:
-        titles = (f"mean of {mc_dropout}", "std (white: 0.5)" if is_pixels else "std")
-        return {"titles": titles, "own_scale": True}
+        return {"titles": (f"mean of {mc_dropout}", "std, from least to most"), "own_scale": True}
     if name == "interpolate":
-        return {"columns": FRAMES}
-    return {"titles": (EDITS[name].title, "given")} if name and EDITS[name].title else {}
+        return {"columns": FRAMES, "is_way": True}
+    if name and EDITS[name].title:
+        return {"titles": (EDITS[name].title, "given"), "given_first": True}
+    if name or not 2 <= len(classes) <= MAX_CLASSES:
+        return {}
+    return {"columns": len(classes), "captions": classes}

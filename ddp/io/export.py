@@ -11,10 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ddp.io.card import draw_samples, model_card
+from ddp.io.card import model_card
 from ddp.io.checkpoint import load_model, read_checkpoint, strip_training_state
+from ddp.io.figures import save_png
 from ddp.io.files import atomic_dir, require_absent
 from ddp.io.safetensors_file import write_safetensors
+from ddp.io.sample_batches import picture
 
 EXAMPLE_BATCH = 2  # of which a graph is made
 PARITY_BATCHES = (1, 3, 5)  # with which it is checked: the batch is to be free
@@ -174,7 +176,8 @@ def export(
             file, write, _ = EXPORTS[name]
             checks.append(write(model, shared, written.folder / file))
             tell(checks[-1])
-        draw_samples(model, written.folder / "samples.png")
+        image = picture(model.for_inference(), 0, state["classes"])
+        save_png(image, written.folder / "samples.png")
         card = model_card(checkpoint, model, config, state, checks)
         (written.folder / "README.md").write_text(card, encoding="utf-8")
     return written.path

@@ -14,11 +14,16 @@ from PIL.PngImagePlugin import PngInfo
 import ddp
 
 MIN_CELL = 48  # pixels: smaller images are enlarged to about this, so that 8x8 digits can be read
+FEW_PIXELS = 192  # pixels: the same of a grid of few images
 GAP = 2  # pixels between the cells of a grid
 GAP_COLOR = (96, 96, 128)  # neither black nor white, nor any gray
 MARGIN = 24  # pixels around the images that stand side by side
 TITLE_SIZE = 16  # pixels, of a letter
+CAPTION_SIZE, CAPTION_HEIGHT = 12, 18  # pixels, of a letter and of the line above a column
 MAX_LABEL = 32  # characters of a name in a chart
+# of Okabe and Ito: color-blind people can tell them apart, and most are told apart in gray
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
+STYLES = ("-", "--", ":")
 LOG_SNR_LABEL = "log-SNR (noise on the left, data on the right)"
 
 
@@ -39,10 +44,11 @@ def plain(name):
     return name.replace("$", r"\$")
 
 
-def pitch(height, width):
+def pitch(height, width, count=100):
     """Return (k, y, x) of a grid's cells: k pixels for one of the image, in each direction; y and
-    x pixels from one cell to the next."""
-    k = max(1, round(MIN_CELL / max(height, width)))
+    x pixels from one cell to the next. Of few images the cells are larger."""
+    cell = max(MIN_CELL, FEW_PIXELS / math.ceil(math.sqrt(count)))
+    k = max(1, round(cell / max(height, width)))
     return k, height * k + GAP, width * k + GAP
 
 
@@ -52,20 +58,38 @@ def num_fitting(event, pixels):
     return max(1, pixels // (pitch_y * pitch_x))
 
 
-def grid(images, columns=None):
-    """Return one PIL image of uint8 images (N, C, H, W), row by row, enlarged by whole pixels."""
+def grid(images, columns=None, captions=()):
+    """Return one PIL image of uint8 images (N, C, H, W), row by row, enlarged by whole pixels.
+
+    captions: a text above each column, or none."""
     images = np.asarray(images)
     count, channels, height, width = images.shape
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
-    k, pitch_y, pitch_x = pitch(height, width)
-    canvas = Image.new("RGB", (columns * pitch_x + GAP, rows * pitch_y + GAP), GAP_COLOR)
+    k, pitch_y, pitch_x = pitch(height, width, count)
+    top = CAPTION_HEIGHT if captions else 0
+    canvas = Image.new("RGB", (columns * pitch_x + GAP, top + rows * pitch_y + GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(CAPTION_SIZE)
+    for column, caption in enumerate(captions):
+        caption = fitting(caption, font, pitch_x)
+        draw.text((GAP + column * pitch_x, 2), caption, fill="black", font=font)
     for i, image in enumerate(images):
+        left, upper = i % columns * pitch_x, top + i // columns * pitch_y
+        around = (left, upper, left + pitch_x + GAP - 1, upper + pitch_y + GAP - 1)
+        draw.rectangle(around, fill=GAP_COLOR)  # a cell without an image stays white
         image = image.repeat(3 // channels, axis=0)  # (3, H, W): gray becomes RGB
         cell = Image.fromarray(image.transpose(1, 2, 0))
         cell = ImageOps.scale(cell, k, Image.Resampling.NEAREST)
-        canvas.paste(cell, (GAP + i % columns * pitch_x, GAP + i // columns * pitch_y))
+        canvas.paste(cell, (GAP + left, GAP + upper))
     return canvas
+
+
+def fitting(text, font, width):
+    """Return as much of a text as fits into a width, in pixels."""
+    while text and font.getlength(text) > width:
+        text = text[:-1]
+    return text
 
 
 def side_by_side(images, titles):
@@ -166,6 +190,20 @@ def loss_curve(rows):
     if held_out:
         x, y = np.array(held_out, float).T
         axes.plot(x, y, "o-", color="tab:orange", markersize=4, label="held out (EMA)")
+    figure.legend(loc="outside upper center", ncols=2)  # not over the curves
+    return figure
+
+
+def overlaid_losses(curves, xlabel):
+    """Return a Figure of the losses of held-out items of groups of runs, over each other.
+
+    curves: name of a group -> a list of (x, loss), (N,) each, of a training each."""
+    figure, axes = chart(4.5, xlabel=xlabel, ylabel="loss of held-out items", yscale="log")
+    for i, (name, trainings) in enumerate(curves.items()):
+        color, style = COLORS[i % len(COLORS)], STYLES[i // len(COLORS) % len(STYLES)]
+        for k, (x, loss) in enumerate(trainings):
+            label = plain(name) if k == 0 else None
+            axes.plot(x, loss, style, color=color, linewidth=1.2, marker=".", label=label)
     axes.legend()
     return figure
 
@@ -253,8 +291,8 @@ def schedule_curve(t, log_snr, rows):
     left.plot(t, log_snr)
     left.set(xlabel="t", ylabel="log-SNR", title="noise schedule")
     curves = {"effective weight of |v_hat - v|²": weights, "fraction of training items": fractions}
-    for label, values in curves.items():
-        right.step(levels, values / values.max(), where="mid", label=label)
+    for (label, values), style in zip(curves.items(), ("-", "--"), strict=True):  # they may agree
+        right.step(levels, values / values.max(), style, where="mid", label=label)
     right.set(xlabel=LOG_SNR_LABEL, title="noise levels in training")
     right.set(ylabel="relative to its maximum")
     right.legend()

@@ -102,6 +102,14 @@ def require_absent(path):
     return path
 
 
+def shown_path(path):
+    """Return a path as it is told: from the current folder where it lies in that, else absolute."""
+    path = Path(path).absolute()
+    with contextlib.suppress(OSError, ValueError):  # no current folder; elsewhere
+        return path.relative_to(Path.cwd())
+    return path
+
+
 def file_digest(path):
     """Return the SHA-256 of a file, in hexadecimal digits."""
     sha = hashlib.sha256()

@@ -10,7 +10,17 @@ import math
 import numpy as np
 from matplotlib.figure import Figure
 
-from ddp.io.figures import grid, num_fitting, plain, scatter, side_by_side, to_pil
+from ddp.data.files import counted
+from ddp.io.figures import (
+    LOG_SNR_LABEL,
+    grid,
+    num_fitting,
+    plain,
+    plane_axes,
+    scatter,
+    side_by_side,
+    to_pil,
+)
 
 PERCENTILES = (1, 99)  # of a channel of floats, that are black and white
 MAX_TILES = 16  # channels of an image that are shown, the first
@@ -21,6 +31,7 @@ POINT_NUMBERS = 1 << 22
 MAX_LINES = 4  # channels of a sequence that are shown, the first
 UNLIKE = 3  # times the least range of a channel: beyond it channels share no axis
 BINS = 50
+PATHS = 40  # from noise to data, that are shown
 COMPONENT_ITEMS = 1000  # of which principal components are computed
 
 
@@ -31,17 +42,27 @@ def draw_items(
     columns=None,  # of a grid
     like=None,  # the items that fix scales and axes; default: the reference, or the items
     own_scale=False,  # of images: each side has a scale of its own
+    captions=(),  # above the columns of a grid of images
+    given_first=False,  # the reference stands left of the items
 ):
     """Return a PIL image of items: a grid, lines or a scatter, left of a reference if any."""
     sets = [np.asarray(each) for each in (items, reference) if each is not None]
     like = sets[-1] if like is None else np.asarray(like)
+    if own_scale and len(sets) > 1 and sets[1].shape[1] == 1:
+        low, high = (float(end[0]) for end in channel_range(sets[1]))
+        titles = (titles[0], f"{titles[1]} ({low:.2g} to {high:.2g})")
+    if given_first and len(sets) > 1 and sets[0].ndim > 2:
+        sets, titles = sets[::-1], titles[::-1]
     if sets[0].ndim == 4:
-        grids = [grid(displayed(each, each if own_scale else like), columns) for each in sets]
+        shown = [displayed(each, each if own_scale else like) for each in sets]
+        grids = [grid(each, columns, captions) for each in shown]
         titles = [with_channels(title, items.shape[1], MAX_TILES) for title in titles]
         return side_by_side(grids, titles) if len(grids) > 1 else grids[0]
     if sets[0].ndim == 3:
         return to_pil(lines(sets, titles, columns, like))
     dimensions = sets[0].shape[1]
+    if dimensions == 2 and columns:
+        return to_pil(ways(sets[0], columns, like))
     draw = {1: values, 2: plane}.get(dimensions, components)
     return to_pil(draw(sets, titles, like))
 
@@ -150,6 +171,19 @@ def plane(sets, titles, like):
     return scatter(*sets, titles=titles, like=like)
 
 
+def ways(points, columns, like):
+    """Return a Figure of points (N, 2), every `columns` of which are a way from its begin on."""
+    figure = scatter(like, titles=("data",))
+    axes = figure.axes[0]
+    axes.set_title(f"{counted(len(points) // columns, 'way')}, from the circle to the square")
+    for i in range(0, len(points), columns):
+        x, y = points[i : i + columns].T  # (columns,) each
+        (line,) = axes.plot(x, y, "-", linewidth=1, marker=".", markersize=3)
+        axes.plot(x[0], y[0], "o", color=line.get_color())
+        axes.plot(x[-1], y[-1], "s", color=line.get_color())
+    return figure
+
+
 def values(sets, titles, like):
     """Return a Figure of the distribution of numbers (N, 1) of each set, as histograms."""
     low, high = like.min(), like.max()
@@ -194,6 +228,52 @@ def components(sets, titles, like):
             axes.axhline(level, color="gray", linewidth=0.8)
         axes.set(xlabel="dimension", title=f"{plain(titles[0])}, each dimension")
         axes.legend(fontsize="small")
+    return figure
+
+
+# ---- from noise to data ----
+
+
+def strip(states, levels, like):
+    """Return a PIL image of a few items on their way from noise to data, left to right.
+
+    states: (N, *event) at each of some times. levels: their log-SNR. like: as of draw_items."""
+    titles = ["noise" if level == -math.inf else f"log-SNR {level:.1f}" for level in levels]
+    titles[-1] = "sample"
+    like = np.asarray(like)
+    states = [np.asarray(state) for state in states]
+    if states[0].ndim == 4:
+        shown = np.stack([displayed(state, like) for state in states], axis=1)  # (N, T, ...)
+        shown = shown.reshape(-1, *shown.shape[2:])
+        return grid(shown, len(states), [title.removeprefix("log-SNR ") for title in titles])
+    if states[0].ndim == 3:
+        return to_pil(lines(states, titles, 1, like))
+    if states[0].shape[1] != 2:
+        return to_pil(spread(states, levels))
+    return to_pil(paths(states, titles))
+
+
+def paths(states, titles):
+    """Return a Figure of points (N, 2) at each of some times, and the paths of the first."""
+    figure = Figure(figsize=(2.4 * (len(states) + 1), 2.8), layout="constrained")
+    panels = figure.subplots(1, len(states) + 1)
+    for axes, title, points in zip(panels, titles, states, strict=False):
+        axes.scatter(*points.T, s=2, linewidths=0, alpha=0.6)
+        axes.set(**plane_axes(points), title=title, xticks=[], yticks=[])
+    ways = np.stack(states)[:, :PATHS]  # (T, PATHS, 2)
+    panels[-1].plot(ways[:, :, 0], ways[:, :, 1], color="tab:blue", linewidth=0.6, alpha=0.4)
+    panels[-1].scatter(*ways[-1].T, s=6, color="black", zorder=3)
+    axes = plane_axes(ways.reshape(-1, 2))
+    panels[-1].set(**axes, title=f"{ways.shape[1]} paths", xticks=[], yticks=[])
+    return figure
+
+
+def spread(states, levels):
+    """Return a Figure of the standard deviation of each dimension of points (N, D), over time."""
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(levels, [state.std(axis=0) for state in states], linewidth=0.8)  # (T, D)
+    axes.set(xlabel=LOG_SNR_LABEL, ylabel="standard deviation of each dimension")
     return figure
 
 

@@ -10,6 +10,27 @@ loading_bar = partial(tqdm, disable=None)  # of data; None: only where stderr is
 FIRST_WAIT, LONGEST_WAIT = 2, 60  # seconds to the next line, twice as many after each
 
 
+class Pace:
+    """Says where no bar is shown, in a file or a notebook, when a line is due: after 2 s, 4 s, ...
+    and then every minute."""
+
+    def __init__(self, start=0):
+        self.start = start  # what was done before
+        self.started = time.monotonic()
+        self.wait = FIRST_WAIT
+        self.due = self.started + self.wait
+
+    def time_left(self, done, total):
+        """Return how long the rest will take, as text; None while no line is due."""
+        now = time.monotonic()
+        if now < self.due or done >= total:
+            return None
+        self.wait = min(2 * self.wait, LONGEST_WAIT)
+        self.due = now + self.wait
+        left = (now - self.started) / (done - self.start) * (total - done)  # seconds
+        return f"about {left / 60:,.0f} min left" if left > 90 else f"about {left:.0f} s left"
+
+
 class Progress:
     """A context manager that shows a run's progress on stderr, and lines of text above it."""
 
@@ -18,11 +39,8 @@ class Progress:
         step,  # at which the run goes on
         num_steps,  # of the whole run
     ):
-        self.start = step
         self.num_steps = num_steps
-        self.started = time.monotonic()
-        self.wait = FIRST_WAIT
-        self.due = self.started + self.wait  # when the next line is written
+        self.pace = Pace(step)
         self.bar = tqdm(
             total=num_steps,
             initial=step,
@@ -57,15 +75,9 @@ class Progress:
             self.bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             self.bar.update()
             return
-        now = time.monotonic()
-        if now < self.due or step >= self.num_steps:
-            return
-        self.wait = min(2 * self.wait, LONGEST_WAIT)
-        self.due = now + self.wait
-        seconds = (now - self.started) / (step - self.start)  # of a step
-        left = seconds * (self.num_steps - step)
-        time_left = f"{left / 60:,.0f} min" if left > 90 else f"{left:.0f} s"
-        self.warn(f"step {step:,} of {self.num_steps:,}, loss {loss:.4f}, about {time_left} left")
+        left = self.pace.time_left(step, self.num_steps)
+        if left:
+            self.warn(f"step {step:,} of {self.num_steps:,}, loss {loss:.4f}, {left}")
 
 
 def plan(trainer):

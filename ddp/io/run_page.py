@@ -4,23 +4,19 @@ One page that needs no network and no other file; in the style of an evaluation'
 """
 
 import base64
-import json
 import shlex
 import sys
 import time
 from dataclasses import asdict
-from functools import partial
-from html import escape
 from pathlib import Path, PurePath
 
 import torch
 
 from ddp.io.checkpoint import provenance
-from ddp.io.figures import loss_by_level, loss_curve, rate_curve, to_pil
-from ddp.io.files import atomic_write
+from ddp.io.figures import loss_by_level, loss_curve, rate_curve
+from ddp.io.page import html_figures, html_page, write_html
 from ddp.io.run_lock import read_record
 from ddp.metrics.likelihood import loss_by_noise_level
-from ddp.metrics.report import PAGE, html_figure
 from ddp.metrics.uncertainty import Estimate
 from ddp.validation import fitting_batch
 
@@ -56,17 +52,15 @@ def write_page(folder, trainer, rows, levels):
         "loss of the EMA model by noise level": loss_by_level(levels),
         "learning rate, and norm of the gradient": rate_curve(rows) if rows else None,
     }
-    shown = [html_figure(name, to_pil(figure)) for name, figure in figures.items() if figure]
-    parts = ["<h2>samples</h2>", slider(folder), "<h2>training</h2>"]
-    parts.append(f'<div class="figures">{"".join(shown)}</div>')
-    page = PAGE.substitute(
-        title=escape(f"{Path(folder).name}: {trainer.num_params:,} weights on {name}"),
-        summary=escape(summary(trainer, rows)),
-        body="\n".join(parts),
-        command=escape(shlex.join(["python", *begun_with(folder)])),
-        settings=escape(json.dumps(settings, indent=1)),
+    shown = {caption: figure for caption, figure in figures.items() if figure}
+    page = html_page(
+        f"{Path(folder).name}: {trainer.num_params:,} weights on {name}",
+        summary(trainer, rows),
+        ["<h2>samples</h2>", slider(folder), "<h2>training</h2>", html_figures(shown)],
+        shlex.join(["python", *begun_with(folder)]),
+        settings,
     )
-    atomic_write(Path(folder) / NAME, partial(Path.write_text, data=page, encoding="utf-8"))
+    write_html(Path(folder) / NAME, page)
 
 
 def begun_with(folder):

@@ -14,9 +14,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
-
-from ddp.data import to_data
 from ddp.distributed import broadcast, is_main, on_main
 from ddp.io.board import Board
 from ddp.io.checkpoint import (
@@ -27,19 +24,15 @@ from ddp.io.checkpoint import (
 )
 from ddp.io.device import sampling_dtype
 from ddp.io.figures import loss_curve, save_png, to_pil
-from ddp.io.files import atomic_write, move_to_free
-from ddp.io.item_figures import draw_items, room
+from ddp.io.files import atomic_write, move_to_free, shown_path
 from ddp.io.run_dir import checkpoints, require_newest, take_folder
 from ddp.io.run_lock import lock_folder
 from ddp.io.run_log import COLUMNS, read_log
 from ddp.io.run_page import loss_levels, write_page
-from ddp.options import SamplerOptions
-from ddp.sampling import cycle_labels, sample
-from ddp.validation import fitting_batch
+from ddp.io.sample_batches import picture
 
 CHECK_EVERY = 20  # steps between two looks at the losses on a GPU, where each look waits for it
 FLUSH_SECONDS = 5  # between two writes to log.csv
-SAMPLES = 2000  # that are shown as a run goes, or as many as a figure has room for
 # what a killed process leaves of the files below, see files.atomic_write
 LEFTOVER = re.compile(r"\.(last|best|model|step_\d{8}|log|loss|report|config)\..+\.partial\.\w+")
 
@@ -138,7 +131,9 @@ class RunWriter:
     def give_up(self, reason, step):
         """Raise FloatingPointError, which says what may help."""
         last = self.folder / "last.pth"
-        saved = f"{last} is of before that" if last.exists() else "nothing was saved yet"
+        saved = (
+            f"{shown_path(last)} is of before that" if last.exists() else "nothing was saved yet"
+        )
         raise FloatingPointError(
             f"{reason} at step {step}, the run has diverged; {saved}. "
             "Try a lower lr, a smaller grad_clip, more warmup, or precision=fp32"
@@ -247,10 +242,10 @@ class RunWriter:
         self.measure(trainer)
         self.flush_log()
         path = on_main(self.write, "last.pth", trainer)
-        text = f"stopped at step {trainer.step:,}, wrote {path}"
+        text = f"stopped at step {trainer.step:,}, wrote {shown_path(path)}"
         exported = self.exported_step()
         if exported is not None:
-            text += f"; {self.folder / 'model.pth'} is still that of step {exported:,}"
+            text += f"; model.pth beside it is still that of step {exported:,}"
         return text
 
     def exported_step(self):
@@ -268,7 +263,8 @@ class RunWriter:
         """Write model.pth: all that sampling needs, no more. Returns what was done, a line."""
         self.flush_log()
         path = on_main(self.write, "model.pth", trainer, strip_training_state)
-        return f"step {trainer.step:,}: done, wrote {path} ({path.stat().st_size / 1e6:.1f} MB)"
+        megabytes = path.stat().st_size / 1e6
+        return f"step {trainer.step:,}: done, wrote {shown_path(path)} ({megabytes:.1f} MB)"
 
     # ---- pictures ----
 
@@ -323,14 +319,4 @@ def draw_samples(trainer):
     Raises FloatingPointError when they are not finite."""
     dtype = sampling_dtype(None, trainer.precision, trainer.device)
     model = trainer.recalibrated_ema().for_inference(dtype)
-    indices = torch.arange(min(SAMPLES, room(model.event)))
-    label = cycle_labels(model, indices)  # (N,) or None
-    options = SamplerOptions().resolve(model)
-    parts = []
-    for part in indices.split(fitting_batch(model.event, len(indices))):  # large images: fewer
-        labels = None if label is None else label[part]
-        x0 = sample(model, part, trainer.config.seed, labels, **options)  # (B, *event)
-        parts.append(to_data(x0, model.units).cpu())
-    # what are no pixels says little alone
-    reference = None if model.is_pixels else trainer.dataset.shown(len(indices))
-    return draw_items(torch.cat(parts), reference)
+    return picture(model, trainer.config.seed, trainer.dataset.classes, trainer.dataset)

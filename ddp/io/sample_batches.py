@@ -1,9 +1,20 @@
 """What generate.py writes: a batch of samples with all that goes with it, and data beside it."""
 
-from ddp.data import load_dataset, to_data, to_pixels
-from ddp.editing import edited_samples, sample_mc_dropout
-from ddp.io.item_figures import room
+import math
+
+import torch
+
+from ddp.data import load_dataset, to_data
+from ddp.editing import changes, edited_samples, sample_mc_dropout
+from ddp.io.edit_inputs import grid_options
+from ddp.io.item_figures import draw_items, room
 from ddp.io.run_dir import data_source
+from ddp.options import SamplerOptions
+from ddp.rng import normal
+from ddp.sampling import cycle_labels, sample, sample_trajectory
+from ddp.validation import fitting_batch
+
+SAMPLES = 2000  # in a picture, or as many as it has room for
 
 
 def data_to_compare(config, path, event):
@@ -17,10 +28,45 @@ def data_to_compare(config, path, event):
         return None, [f"samples alone, without the data ({error})"]
 
 
+def picture(model, seed, classes=(), dataset=None):
+    """Return a PIL image of the first samples of a model in eval mode, by the default sampler.
+
+    classes: their names, a column each if the model is told the class. dataset: what stands beside
+    samples that say little alone, all but pixels. Raises FloatingPointError, see sample."""
+    options = SamplerOptions().resolve(model)
+    count = min(SAMPLES, room(model.event))
+    indices = torch.arange(count)
+    label = cycle_labels(model, indices)  # (N,) or None
+    parts = []
+    for part in indices.split(fitting_batch(model.event, count)):  # large images: fewer
+        labels = None if label is None else label[part]
+        x0 = sample(model, part, seed, labels, **options)  # (B, *event)
+        parts.append(to_data(x0, model.units).cpu())
+    shown = grid_options(None, classes=classes if model.num_classes else ())
+    reference = None if model.is_pixels or dataset is None else dataset.shown(count)
+    return draw_items(torch.cat(parts), reference, **shown)
+
+
+def states_of(inputs, labels, count):
+    """Yield (log-SNR, items) of the first `count` samples on their way from noise to data.
+
+    The first is where they start from, the last is what they become; see draw."""
+    model = inputs.model
+    indices = torch.arange(count)
+    label = inputs.labels(indices, labels)
+    options = inputs.options | changes(inputs, indices, label)
+    start = options.get("x_t")
+    if start is None:
+        start = normal(inputs.seed, "x_T", 0, indices.to(model.device), model.event)
+        yield -math.inf, to_data(start, model.units).cpu()
+    for log_snr, x_t, _ in sample_trajectory(model, indices, inputs.seed, label, **options):
+        yield float(log_snr), to_data(x_t, model.units).cpu()
+
+
 def draw(inputs, labels, passes, indices):
     """Return samples `indices` (B,), the arguments of SampleWriter.add, and their errors or None.
 
-    labels: of cli.parse_labels. passes: of MC dropout, or None."""
+    labels: of edit_inputs.parse_labels. passes: of MC dropout, or None."""
     label = inputs.labels(indices, labels)  # (B,) or None
     std = latents = errors = reference = None
     model = inputs.model
@@ -30,8 +76,7 @@ def draw(inputs, labels, passes, indices):
         std, x0 = sample_mc_dropout(model, indices, *how, **inputs.options)
         if units is not None:
             std = std * units.broadcast(std)[1]  # in the units of the data
-        if model.is_image:
-            reference = to_pixels(4 * std - 1) if model.is_pixels else std
+        reference = std if model.is_image else None
     else:
         x0, given, latents = edited_samples(inputs, indices, label)  # (B, *event) each
         reference = None if given is None else to_data(given, units)

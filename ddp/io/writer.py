@@ -12,10 +12,11 @@ import numpy as np
 from PIL import Image
 
 from ddp.io.figures import save_animation, save_png
-from ddp.io.files import atomic_dir, next_free_path, require_absent
-from ddp.io.item_figures import displayed, draw_items, num_images, room
+from ddp.io.files import atomic_dir, next_free_path, require_absent, shown_path
+from ddp.io.item_figures import displayed, draw_items, num_images, room, strip
 
-FORMATS = ("png", "grid", "npz", "gif")  # an image each; one image of all; arrays; an animation
+# an image each; one image of all; arrays; an animation, and an image, of the way from noise to data
+FORMATS = ("png", "grid", "npz", "gif", "strip")
 FILE_FORMATS = {".png": "grid", ".npz": "npz", ".gif": "gif"}  # suffix of a file -> its format
 GRID_IMAGES = 1024  # in a grid, and no more than fit into
 GRID_PIXELS = 1 << 25
@@ -23,6 +24,8 @@ ANIMATED_IMAGES = 25  # in an animation, and no more than fit into
 ANIMATED_PIXELS = 1 << 20
 ANIMATED_POINTS, ANIMATED_SEQUENCES = 1000, 4  # the same of others
 MAX_FRAMES = 50  # of an animation
+STRIP_IMAGES = 8  # in a strip
+STRIP_TIMES = 8
 MAX_SEQUENCES = 64  # of an interpolation, that are shown
 WAY_MILLISECONDS = 200  # that a step of an interpolation is shown
 
@@ -62,14 +65,16 @@ class SampleWriter(contextlib.ExitStack):
     """A context that writes samples as they come; `path` appears when all is well, or not at all.
 
     path and formats: of parse_output; event: the shape of a sample; total: how many will come;
-    reference: items to show right of them; options: titles, columns, own_scale of draw_items."""
+    reference: items to show right of them; is_way: every `columns` samples lead from one item to
+    another; options: titles, columns and the like of draw_items."""
 
-    def __init__(self, path, formats, event, total, reference=None, **options):
+    def __init__(self, path, formats, event, total, reference=None, is_way=False, **options):
         super().__init__()
         self.path = path.absolute()
         self.formats = formats
         self.event = event
         self.total = total
+        self.is_way = is_way
         self.options = options
         self.is_image = len(event) == 3  # (C, H, W), else (C, L) or (D,)
         self.count = 0  # samples written so far
@@ -81,7 +86,7 @@ class SampleWriter(contextlib.ExitStack):
     @property
     def num_shown(self):
         """How many samples a figure shows, the first."""
-        if len(self.event) == 2 and "columns" in self.options:
+        if len(self.event) == 2 and self.is_way:
             return min(self.total, MAX_SEQUENCES)
         if not self.is_image:
             return min(self.total, room(self.event))
@@ -89,7 +94,10 @@ class SampleWriter(contextlib.ExitStack):
 
     @property
     def num_animated(self):
-        """How many samples an animation shows, the first; of an interpolation how many ways."""
+        """How many samples an animation or a strip shows, the first; of an interpolation how many
+        ways."""
+        if self.formats == ["strip"] and self.is_image:
+            return min(self.total, STRIP_IMAGES)
         if not self.is_image:
             most = ANIMATED_POINTS if len(self.event) == 1 else ANIMATED_SEQUENCES
             return min(self.total, most)
@@ -98,7 +106,7 @@ class SampleWriter(contextlib.ExitStack):
     @property
     def needs_states(self):
         """Whether `animate` is to be called; an animated interpolation is of the samples alone."""
-        return "gif" in self.formats and "columns" not in self.options
+        return not self.is_way and bool({"gif", "strip"} & {*self.formats})
 
     @property
     def bounds(self):
@@ -120,8 +128,10 @@ class SampleWriter(contextlib.ExitStack):
     def summary(self):
         """Lines that name what was written: the first files, and how many more."""
         files = self.written
-        lines = ["wrote", *(f"  {path}" for path in files[:5])]
-        more = [f"  and {len(files) - 5:,} more in {self.out.path}"]
+        if len(files) == 1:
+            return [f"wrote {shown_path(files[0])}"]
+        lines = ["wrote", *(f"  {shown_path(path)}" for path in files[:5])]
+        more = [f"  and {len(files) - 5:,} more in {shown_path(self.out.path)}"]
         return lines + more if len(files) > 5 else lines
 
     def __enter__(self):
@@ -188,10 +198,16 @@ class SampleWriter(contextlib.ExitStack):
         self.arrays[name][0].write(array.tobytes())
 
     def animate(self, states):
-        """Write an animation of states, each like the items of `add`, in at most MAX_FRAMES."""
+        """Write a GIF and a strip of states, each (log-SNR, items like those of `add`)."""
         states = thin_out(states, MAX_FRAMES)
-        frames = [draw_items(state, like=self.like) for state in states]
-        save_animation(frames, self.folder / "process.gif")
+        if "gif" in self.formats:
+            frames = [draw_items(state, like=self.like) for _, state in states]
+            save_animation(frames, self.folder / "process.gif")
+        if "strip" in self.formats:
+            few = STRIP_IMAGES if self.is_image else self.num_animated
+            levels, items = zip(*thin_out(states, STRIP_TIMES), strict=True)
+            image = strip([each[:few] for each in items], levels, self.like)
+            save_png(image, self.folder / "strip.png")
 
     def animate_ways(self, items, columns):
         """Write an animation that goes from one end of each row of the grid to the other."""
@@ -209,7 +225,7 @@ class SampleWriter(contextlib.ExitStack):
             shown = np.concatenate(self.shown)
             image = draw_items(shown, reference, like=self.like, **self.options)
             save_png(image, self.folder / "grid.png")  # of points a scatter
-        if "gif" in self.formats and not self.needs_states:
+        if "gif" in self.formats and self.is_way:
             self.animate_ways(np.concatenate(self.shown), self.options["columns"])
         if "npz" in self.formats:
             self.array.close()  # the archive takes one array at a time

@@ -6,7 +6,7 @@ b (M, D) the real items. DISTANCES lists them.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -186,6 +186,14 @@ class Measure:
     higher_is_better: bool = False
     bounds: tuple = (0, math.inf)  # the values that it can take
     proportion: str | None = None  # "samples" or "real": it is a fraction of these items
+    up_to_real: bool = False  # more than real items have is no gain
+
+    @property
+    def arrow(self):
+        """The mark of the direction in which it is better."""
+        if self.up_to_real:
+            return "≈"
+        return "↑" if self.higher_is_better else "↓"
 
 
 @dataclass(frozen=True)
@@ -204,7 +212,7 @@ class Distance:
 
 
 PLAIN = Measure()
-HIGHER = Measure(higher_is_better=True)
+UP_TO_REAL = Measure(higher_is_better=True, up_to_real=True)
 SIGNED = Measure(bounds=(-math.inf, math.inf))  # an unbiased estimate: below 0 by chance
 OF_SAMPLES = Measure(higher_is_better=True, bounds=(0, 1), proportion="samples")
 OF_REAL = Measure(higher_is_better=True, bounds=(0, 1), proportion="real")
@@ -222,13 +230,14 @@ DISTANCES = {
     "histogram_kl": Distance(histogram_kl, {"histogram_kl": PLAIN}, ("low_dim",)),
     "prdc": Distance(
         prdc,
-        {"precision": OF_SAMPLES, "recall": OF_REAL, "density": HIGHER, "coverage": OF_REAL},
+        {"precision": OF_SAMPLES, "recall": OF_REAL, "density": UP_TO_REAL, "coverage": OF_REAL},
         max_items=10_000,  # pairs take time as the square of the number
     ),
     "sliced_wasserstein": Distance(sliced_wasserstein, {"sliced_wasserstein": PLAIN}),
 }
 CLASS_MEASURES = {  # of how a classifier sorts the samples, which are not distances of features
-    "confident": OF_SAMPLES,  # the classifier is sure of the class
+    # the classifier is sure of the class
+    "confident": replace(OF_SAMPLES, up_to_real=True),
     "label_accuracy": OF_SAMPLES,  # the class is the label that was asked for
     "class_tv": Measure(bounds=(0, 1)),  # total variation between the class frequencies
 }

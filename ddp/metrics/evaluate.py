@@ -75,7 +75,7 @@ class Metric:
 
 def better_feature(keys):
     """Which is better of a distance or proportion, ("pixels", "fd", "samples")."""
-    return "higher" if find_measure(keys[1]).higher_is_better else "lower"
+    return {"≈": None, "↑": "higher", "↓": "lower"}[find_measure(keys[1]).arrow]
 
 
 def better_loss(keys):

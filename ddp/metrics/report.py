@@ -3,55 +3,32 @@
 `evaluation` is what evaluate() gives: plain types, an estimate being {value, error, interval}.
 """
 
-import base64
 import contextlib
-import io
 import json
 import re
 import time
-from collections import namedtuple
 from functools import partial
 from html import escape
 from pathlib import Path
-from string import Template
 
 from ddp.distributed import is_lost_process
-from ddp.io.figures import histogram, loss_by_level, metric_ratios, save_png, to_pil
+from ddp.io.figures import histogram, loss_by_level, loss_curve, metric_ratios, save_png, to_pil
 from ddp.io.files import atomic_write
 from ddp.io.item_figures import draw_items, neighbors, room
+from ddp.io.page import html_details, html_figures, html_list, html_page, html_terms, write_html
+from ddp.io.run_log import read_log
+from ddp.io.tables import error_text, html_table, interval_text, make_table, table_lines, wrapped
 from ddp.metrics.comparison import flatten
 from ddp.metrics.evaluate import evaluate, find_better, known_metrics
 from ddp.metrics.features import FEATURES
+from ddp.metrics.verdict import terms_of, verdict
 
-HEADS = {"real_vs_real": "real vs real", "relative_to_real": "relative to real"}
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}  # which is better
 SPREADS = ("mean", "sd of trainings", "error of samples")  # columns of a group of trainings
 MAX_CELL = 14  # characters of a group's name in a column, so that a row has 100
-PAGE = Template(Path(__file__).with_name("report.html").read_text())  # its style is there
+SAMPLES = "samples and real items"  # a caption
+LEVELS = "test loss by noise level"  # the title of a table
 MAX_NAME = 40  # characters of a subject in names of files, which hold 255 bytes
-Table = namedtuple("Table", "title note head rows")  # text; rows: lists as long as head
-
-
-def error_text(cell):
-    """An estimate as value ± standard error, or a number, or nothing; text as it is."""
-    if isinstance(cell, str):
-        return cell
-    if isinstance(cell, dict):
-        error = "" if cell["error"] is None else f" ± {cell['error']:.4f}"
-        return f"{cell['value']:.4f}{error}"
-    if cell is None:
-        return ""
-    return f"{cell:.4g}" if isinstance(cell, float) else f"{cell:,}"
-
-
-def interval_text(cell):
-    """An estimate with its 95% interval, in the digits that its error allows."""
-    if not isinstance(cell, dict) or cell["error"] is None:
-        return error_text(cell)  # which has no interval
-    exponent = int(f"{cell['error']:e}".split("e")[1]) if cell["error"] > 1e-9 else -2
-    digits = min(max(0, 1 - exponent), 5)  # two of the error; three where it is 0
-    low, high = cell["interval"]
-    return f"{cell['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def nested_rows(results):
@@ -62,18 +39,6 @@ def nested_rows(results):
         if cell is None or isinstance(cell, (dict, int, float)):
             rows.setdefault(", ".join(names), {})[column] = cell
     return rows
-
-
-def make_table(title, note, rows, cell_text):
-    """The Table of rows, name -> column -> cell; a column stands where it first appears."""
-    columns = []  # in the order in which they first appear
-    for cells in rows.values():
-        columns += [column for column in cells if column not in columns]
-    lines = []
-    for name, cells in rows.items():
-        lines.append([name] + [cell_text(cells.get(column)) for column in columns])
-    head = [""] + [HEADS.get(column, column) for column in columns]
-    return Table(title, note, head, lines)
 
 
 def subject_tables(subject, evaluation, only=None):
@@ -90,25 +55,54 @@ def subject_tables(subject, evaluation, only=None):
     return tables
 
 
-def comparison_table(evaluation):
-    """The Table of all subjects side by side, each further one less the first; None for one."""
-    if not evaluation["comparison"]:
-        return None
+def comparison_tables(evaluation):
+    """The Tables of all subjects side by side, each further one less the first; [] for one.
+
+    The losses by noise level, some thirty rows, have a table of their own, the last."""
+    tables = []
+    notes = {
+        "comparison": "95% intervals of the samples alone; differences are of the same real items "
+        "and noise; better, worse: the interval leaves out 0",
+        LEVELS: "as above",
+    }
+    for title, note in notes.items():
+        of_loss = title != "comparison"
+        entries = [e for e in evaluation["comparison"] if of_loss == e["path"].startswith("loss/")]
+        rows = comparison_rows(evaluation, entries)
+        tables += [make_table(title, note, rows, interval_text)] if rows else []
+    return tables
+
+
+def comparison_rows(evaluation, entries):
+    """The rows of the entries of a comparison: name -> column -> cell."""
     names = [subject["name"] for subject in evaluation["subjects"]]
     cells = [flatten(subject) for subject in evaluation["subjects"]]  # of each: keys -> cell
-    columns = [*names, "real_vs_real", *(f"{name} - {names[0]}" for name in names[1:])]
+    columns = [*names, *(f"{name} - {names[0]}" for name in names[1:]), "real_vs_real"]
     rows = {}
-    for entry in evaluation["comparison"]:
+    for entry in entries:
         path = entry["path"]
         keys = tuple(path.split("/"))  # as flatten has them
-        row = rows.setdefault(path.removesuffix("/samples"), dict.fromkeys(columns))
-        row[f"{entry['subject']} - {names[0]}"] = entry["difference"]
+        row = rows.setdefault(path_text(path), dict.fromkeys(columns))
+        row[f"{entry['subject']} - {names[0]}"] = told_difference(entry["difference"], keys)
         for name, flat in zip(names, cells, strict=True):
             row[name] = flat.get(keys)
             if keys[-1] == "samples" and row["real_vs_real"] is None:  # it is the same for all
                 row["real_vs_real"] = flat.get((*keys[:-1], "real_vs_real"))
-    note = "95% intervals of the samples alone; differences are of the same real items and noise"
-    return make_table("comparison", note, rows, interval_text)
+    if not any(row["real_vs_real"] for row in rows.values()):
+        rows = {name: {k: row[k] for k in row if k != "real_vs_real"} for name, row in rows.items()}
+    return rows
+
+
+def told_difference(difference, keys):
+    """A difference to the first subject as text, with what it says: better, worse or neither."""
+    text = interval_text(difference)
+    direction = find_better(keys)
+    if difference is None or direction is None or difference["error"] is None:
+        return text
+    low, high = difference["interval"]
+    if low <= 0 <= high:
+        return text
+    return f"{text} {'better' if (low > 0) == (direction == 'higher') else 'worse'}"
 
 
 def path_text(path):
@@ -149,23 +143,7 @@ def difference_table(title, less_first):
 
 def side_by_side(evaluation):
     """The Tables of all subjects side by side, or of their groups; [] of one subject."""
-    table = comparison_table(evaluation)
-    return [table] if table else group_tables(evaluation)
-
-
-def table_lines(tables):
-    """Tables as lines for a terminal."""
-    lines = []
-    for table in tables:
-        lines += ["", f"{table.title} ({table.note})" if table.note else table.title]
-        rows = [table.head, *table.rows] if any(table.head) else table.rows  # of text
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]  # in characters
-        for row in rows:
-            line = "   " + row[0].ljust(widths[0])  # names to the left, numbers to the right
-            for cell, width in zip(row[1:], widths[1:], strict=True):
-                line += "  " + cell.rjust(width)
-            lines.append(line.rstrip())
-    return lines
+    return comparison_tables(evaluation) or group_tables(evaluation)
 
 
 def measure_and_report(candidates, reference, metrics, options, folder, command, by_default, tell):
@@ -206,9 +184,22 @@ def measure_and_report(candidates, reference, metrics, options, folder, command,
     try:
         write_report(folder, finished, candidates, reference)
     finally:  # what cannot be written can be read here
-        lines = table_lines(side_by_side(finished))
-        tell("\n".join([*lines, *(f"warning: {warning}" for warning in finished["warnings"])]))
+        tables = [table for table in side_by_side(finished) if table.title != LEVELS]
+        tell("\n".join([*table_lines(tables), *last_lines(finished)]))
     return finished, stopped
+
+
+def last_lines(evaluation):
+    """The warnings of an evaluation, and what its figures say, as lines for a terminal."""
+    lines = [f"warning: {warning}" for warning in evaluation["warnings"]]
+    subjects = evaluation["subjects"] if not evaluation["groups"] else []
+    for subject in subjects:
+        sentences = verdict(subject, evaluation)
+        title = f"{subject['name']}: in short" if len(subjects) > 1 else "in short"
+        lines += ["", title] if sentences else []
+        for sentence in sentences:
+            lines += wrapped(f"- {sentence}")
+    return lines
 
 
 def candidate_figures(candidate, reference):
@@ -221,7 +212,7 @@ def candidate_figures(candidate, reference):
         for items in (candidate.samples, reference.items):
             items = items[: room(dataset.event)]
             sets.append(items if dataset.units is None else dataset.units.restore(items))
-        figures["samples and real items"] = draw_items(*sets, ("samples", "real items"))
+        figures[SAMPLES] = draw_items(*sets, ("samples", "real items"))
     if "memorization" in results:
         pairs = results["memorization"]["closest"]  # dicts: sample, train, distance
         samples = candidate.samples[[pair["sample"] for pair in pairs]]
@@ -241,6 +232,9 @@ def candidate_figures(candidate, reference):
         figures["samples relative to real items"] = to_pil(metric_ratios(ratios))
     if "loss" in results:
         figures["test loss by noise level"] = to_pil(loss_by_level(results["loss"]))
+    rows = read_log(Path(candidate.about.get("checkpoint", "")).parent)
+    if rows and candidate.model is not None:
+        figures["loss as it was trained"] = to_pil(loss_curve(rows))
     return figures
 
 
@@ -271,8 +265,7 @@ def write_report(folder, evaluation, candidates, reference):
 
 def write_figures(folder, evaluation, figures):
     """Write evaluation.html, and a PNG of each figure; figures: of each subject, caption -> PIL."""
-    page = html_page(evaluation, figures)
-    atomic_write(folder / "evaluation.html", lambda path: path.write_text(page, encoding="utf-8"))
+    write_html(folder / "evaluation.html", evaluation_page(evaluation, figures))
     for i, (subject, images) in enumerate(zip(evaluation["subjects"], figures, strict=True), 1):
         prefix = f"{i}-{subject['name']}-" if len(figures) > 1 else ""
         for caption, image in images.items():
@@ -280,55 +273,47 @@ def write_figures(folder, evaluation, figures):
             atomic_write(folder / f"{name}.png", partial(save_png, image))
 
 
-def html_table(table):
-    """A Table as HTML, with everything escaped."""
-    lines = []
-    for row in [table.head, *table.rows] if any(table.head) else table.rows:
-        tag = "th" if row is table.head else "td"
-        cells = [f"<{tag}>{escape(cell)}</{tag}>" for cell in row]
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        f"<h3>{escape(table.title)}</h3><small>{escape(table.note)}</small>"
-        f'<div class="wide"><table>{"".join(lines)}</table></div>'
-    )
-
-
-def html_figure(caption, image):
-    """A PIL image within the page."""
-    file = io.BytesIO()
-    image.save(file, "PNG")
-    data = base64.b64encode(file.getvalue()).decode()  # within the page: no second file
-    caption = escape(caption)
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>"
-    )
-
-
-def html_page(evaluation, figures):
-    """The evaluation as one HTML page."""
+def evaluation_page(evaluation, figures):
+    """The evaluation as one HTML page; figures: of each subject, caption -> PIL image."""
     dataset = evaluation["dataset"]
     recipe = evaluation["recipe"]
-    parts = [f"<p class=warning>{escape(warning)}</p>" for warning in evaluation["warnings"]]
-    parts += [html_table(table) for table in side_by_side(evaluation)]
+    warnings = evaluation["warnings"]
+    body = []
+    if warnings:
+        body = ['<p><a class="warning" href="#warnings">What to know of these figures</a></p>']
+    if len(figures) > 1 and not evaluation["groups"]:
+        body.append(html_figures(samples_side_by_side(evaluation["subjects"], figures)))
+    for table in side_by_side(evaluation):
+        shown = html_table(table)
+        body.append(html_details(table.title, shown) if table.title == LEVELS else shown)
     for subject, images in zip(evaluation["subjects"], figures, strict=True):
-        origin = subject["about"].items()  # of it what fits in a line: no lists, no dicts
-        about = [f"{key}: {value}" for key, value in origin if isinstance(value, (str, int))]
-        parts.append(f"<h2>{escape(subject['name'])}</h2>")
-        parts.append(f"<small>{escape('; '.join(about))}</small>")
-        shown = [html_figure(caption, image) for caption, image in images.items()]
-        parts.append(f'<div class="figures">{"".join(shown)}</div>')
-        for table in subject_tables(subject, evaluation):
-            parts.append(html_table(table))
+        body.append(f"<h2>{escape(subject['name'])}</h2>")
+        body += [html_list(verdict(subject, evaluation)), html_figures(images)]
+        body += [html_table(table) for table in subject_tables(subject, evaluation)]
+        body.append(f"<p><small>{escape(origin(subject))}</small></p>")
+    if warnings:
+        body += ['<h2 id="warnings" class="warning">what to know</h2>', html_list(warnings)]
+    body.append(html_terms(terms_of(evaluation)))
     named = evaluation["groups"] or evaluation["subjects"]
-    names = ", ".join(each["name"] for each in named)
     shape = "x".join(str(side) for side in dataset["event"])
-    settings = json.dumps({"dataset": dataset, "recipe": recipe}, indent=1)
-    return PAGE.substitute(
-        title=escape(f"{names} on {dataset['name']}"),
-        summary=f"{dataset['train']:,} training and {dataset['test']:,} test items of {shape}; "
-        f"seed {recipe['seed']}.",
-        body="\n".join(parts),
-        command=escape(recipe["command"]),
-        settings=escape(settings),
+    items = f"{dataset['train']:,} training and {dataset['test']:,} test items of {shape}"
+    return html_page(
+        f"{', '.join(each['name'] for each in named)} on {dataset['name']}",
+        f"{items}; seed {recipe['seed']}.",
+        body,
+        recipe["command"],
+        {"dataset": dataset, "recipe": recipe},
     )
+
+
+def samples_side_by_side(subjects, figures):
+    """The samples of each subject, beside each other: its name -> PIL image."""
+    names = [subject["name"] for subject in subjects]
+    shown = [images.get(SAMPLES) for images in figures]
+    return {name: image for name, image in zip(names, shown, strict=True) if image}
+
+
+def origin(subject):
+    """Where a subject comes from, a line: what fits in one, no lists and no dicts."""
+    about = subject["about"].items()
+    return "; ".join(f"{key}: {value}" for key, value in about if isinstance(value, (str, int)))

@@ -175,12 +175,11 @@ def feature_tables(space, results, evaluation):
         if name != "counts":
             if cells.get("real_vs_real") and cells["relative_to_real"] is None and same_number:
                 cells = cells | {"relative_to_real": "real vs real is 0 within its error"}
-            arrow = "↑" if find_measure(name).higher_is_better else "↓"
-            rows[f"{name} {arrow}"] = cells
+            rows[f"{name} {find_measure(name).arrow}"] = cells
     note = (
         f"{recipe['num_samples']:,} samples against as many {recipe['reference']} items; "
         f"real vs real: {recipe['baseline_items']:,} items of the other split; 95% intervals; "
-        "↓ lower is better"
+        "↓ lower is better, ≈ as of real items"
     )
     about = recipe["feature_spaces"].get(space, {})
     if "accuracy" in about:

@@ -92,7 +92,7 @@ def matches(subject):
 def in_groups(parts):
     """The Subjects of all parts, which are lists of Subjects; each part is a group."""
     parts = [[match for subject in part for match in matches(subject)] for part in parts]
-    names = [group_name(part) for part in parts]
+    names = group_names(parts)
     subjects = []
     for i, part in enumerate(parts):
         group = names[i] if names.count(names[i]) == 1 else f"{names[i]} {i + 1}"
@@ -102,20 +102,36 @@ def in_groups(parts):
     return subjects
 
 
-def group_name(subjects):
-    """The name that all subjects share; else what their paths begin with, the last part of it.
+def group_names(parts):
+    """A name for each part, a list of Subjects: the name that all share, else made of the paths."""
+    paths = iter(distinct_paths([[subject.path for subject in part] for part in parts]))
+    names = []
+    for part, path in zip(parts, paths, strict=True):
+        given = {subject.name for subject in part}
+        options = "".join(f" {key}={value}" for key, value in part[0].options.items())
+        names.append(part[0].name if len(given) == 1 and part[0].name else path + options)
+    return names
 
-    It is "a" of a/0/model.pth and a/1/model.pth, and of runs/a-0 and runs/a-1."""
-    first = subjects[0]
-    if {subject.name for subject in subjects} == {first.name} and first.name:
-        return first.name
-    words = [re.findall(r"\d+|[^\W\d_]+|.", subject.path) for subject in subjects]
+
+def distinct_paths(groups):
+    """A name for each list of paths, of what these begin with: the last part of it, or more.
+
+    It is "a" of a/0/model.pth and a/1/model.pth, and of runs/a-0 and runs/a-1; "x/0" and "y/0" of
+    x/0/model.pth alone and y/0/model.pth alone."""
+    shared = [shared_path(paths).parts or ("group",) for paths in groups]
+    for count in range(1, max(map(len, shared))):  # parts of a name
+        names = ["/".join(parts[-count:]) for parts in shared]
+        if len({*names}) == len({*shared}):
+            return names
+    return ["/".join(parts) for parts in shared]
+
+
+def shared_path(paths):
+    """The Path of what paths begin with, in whole words and numbers."""
+    words = [re.findall(r"\d+|[^\W\d_]+|.", path) for path in paths]
     alike = takewhile(lambda each: len({*each}) == 1, zip(*words, strict=False))
-    path = Path("".join(each[0] for each in alike).rstrip("/-_. "))  # no number or word is cut
-    if path.name in RUN_MODELS:  # of one subject
-        path = path.parent
-    options = "".join(f" {key}={value}" for key, value in first.options.items())
-    return (path.name or "group") + options
+    path = Path("".join(each[0] for each in alike).rstrip("/-_. "))
+    return path.parent if path.name in RUN_MODELS else path  # of one file
 
 
 def parse_subject(text):
@@ -242,4 +258,5 @@ def free_place(subjects, dataset, out=None):
             if out:
                 raise ValueError(f"out={out} is inside the data, {folder}; choose another place")
             place = folder.parent
-    return Path(out) if out else next_free_path(place / f"{first.stem}-evaluation")
+    name = "comparison" if len(subjects) > 1 else f"{first.stem}-evaluation"
+    return Path(out) if out else next_free_path(place / name)

@@ -1,5 +1,6 @@
 """The writer of samples: every format holds what came, whole or not at all."""
 
+import math
 import sys
 import tracemalloc
 from pathlib import Path
@@ -31,8 +32,8 @@ def write(path, formats, items, reference=None, **options):
         for batch, label in zip(items.split(5), labels.split(5), strict=True):
             writer.add(batch, labels=label, spread=None)
         if writer.needs_states:
-            states = [items * 0, items, items]
-            writer.animate(state[: writer.num_animated] for state in states)
+            states = [(-math.inf, items * 0), (0.0, items), (9.0, items)]
+            writer.animate((level, state[: writer.num_animated]) for level, state in states)
     return writer.written
 
 
@@ -40,7 +41,7 @@ def write(path, formats, items, reference=None, **options):
 def test_every_format_holds_the_items(tmp_path, items):
     written = write(tmp_path / "s", FORMATS, items)
     is_image = items.ndim == 4
-    names = ["grid.png", "process.gif", "samples.npz"]
+    names = ["grid.png", "process.gif", "samples.npz", "strip.png"]
     names += [f"{i:06d}.png" for i in range(12)] if is_image else []
     assert [path.name for path in written] == sorted(names)
     assert [path.name for path in tmp_path.iterdir()] == ["s"]
@@ -78,7 +79,7 @@ def test_a_file_is_all_that_is_left(tmp_path, suffix, format):
 
 def test_an_animation_has_a_bounded_number_of_frames(tmp_path):
     with SampleWriter(tmp_path / "s.gif", ["gif"], (1, 8, 8), 1) as writer:
-        writer.animate(torch.full((1, 1, 8, 8), i, dtype=torch.uint8) for i in range(200))
+        writer.animate((i, torch.full((1, 1, 8, 8), i, dtype=torch.uint8)) for i in range(200))
     with Image.open(tmp_path / "s.gif") as animation:
         assert 10 < animation.n_frames <= MAX_FRAMES
 
@@ -106,7 +107,7 @@ def test_states_are_thinned_out_evenly_to_the_last_and_few_are_held(count):
 @pytest.mark.parametrize("items", [IMAGES, POINTS])
 def test_an_animated_interpolation_goes_along_its_rows(tmp_path, items):
     """Three rows of four: the first frame is the first column, the last the last."""
-    write(tmp_path / "s", ["gif"], items, columns=4)
+    write(tmp_path / "s", ["gif"], items, columns=4, is_way=True)
     with Image.open(tmp_path / "s" / "process.gif") as animation:
         assert animation.n_frames == 4
         assert animation.info["duration"] == WAY_MILLISECONDS
@@ -118,7 +119,7 @@ def test_an_animated_interpolation_goes_along_its_rows(tmp_path, items):
 
 
 def test_an_interpolation_that_stops_within_its_first_row_is_animated(tmp_path):
-    write(tmp_path / "s.gif", ["gif"], IMAGES[:3], columns=8)
+    write(tmp_path / "s.gif", ["gif"], IMAGES[:3], columns=8, is_way=True)
     with Image.open(tmp_path / "s.gif") as animation:
         assert animation.n_frames == 3
 
@@ -313,7 +314,7 @@ def test_floats_are_written_as_they_are_and_shown(tmp_path, event, name):
         assert arrays[name].dtype == np.float32
         assert (arrays[name] == expected.numpy()).all()
     pngs = [path for path in written if path.suffix == ".png"]
-    assert len(pngs) == (13 if len(event) == 3 else 1)
+    assert len(pngs) == (14 if len(event) == 3 else 2)
     for path in pngs:
         assert np.asarray(Image.open(path)).std() > 0
 
@@ -323,3 +324,14 @@ def test_pngs_of_floats_share_a_scale(tmp_path):
     write(tmp_path / "s", ["png"], torch.cat([light, dark]), reference=torch.cat([dark, light]))
     shown = [np.asarray(Image.open(tmp_path / "s" / f"{i:06d}.png")) for i in (0, 11)]
     assert [image.max() for image in shown] == [255, 0]
+
+
+@pytest.mark.parametrize("event", [(1, 8, 8), (3, 8, 6), (5, 8, 8), (2, 16), (1,), (2,), (7,)])
+def test_a_strip_goes_from_noise_to_data(tmp_path, event):
+    items = torch.randn(12, *event)
+    (path,) = write(tmp_path / "s", ["strip"], items)
+    assert path.name == "strip.png"
+    image = Image.open(path)
+    if event == (1, 8, 8):  # 8 items at 3 times, each 48 pixels a side, under a line of captions
+        assert image.size == (3 * 50 + 2, 18 + 8 * 50 + 2)
+    assert image.width > image.height or len(event) != 1

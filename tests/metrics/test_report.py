@@ -13,19 +13,18 @@ from PIL import Image
 
 from ddp.data.dataset import Dataset
 from ddp.io.files import atomic_write
+from ddp.io.tables import error_text, interval_text, table_lines
 from ddp.metrics import evaluate
 from ddp.metrics.candidate import Candidate, EvaluateOptions, Reference
 from ddp.metrics.evaluate import Metric, to_json
 from ddp.metrics.report import (
-    comparison_table,
-    error_text,
-    html_page,
-    interval_text,
+    comparison_tables,
+    evaluation_page,
     measure_and_report,
     nested_rows,
     side_by_side,
     subject_tables,
-    table_lines,
+    told_difference,
     write_report,
 )
 from ddp.metrics.uncertainty import Estimate
@@ -144,21 +143,40 @@ def test_memorization_table_does_without_a_ratio():
     assert "" in [cells[0] for cells in rows.values()]
 
 
-def test_comparison_table_has_a_column_for_each_subject():
+def test_comparison_has_a_column_for_each_subject_and_losses_last():
     row = {"samples": CELL, "real_vs_real": CELL, "relative_to_real": CELL}
-    first = {"pixels": {"fd": row}}
-    second = {"pixels": {"fd": row}, "vlb": {"discrete": {"total": CELL}}}
+    level = {"log-SNR 1.00": {"x0": CELL}}
+    first = {"loss": level, "pixels": {"fd": row, "density": row}}
+    second = {"loss": level, "pixels": {"fd": row, "density": row}, "vlb": {"d": {"total": CELL}}}
     name = f"{HOSTILE}1"
+    less = to_json(Estimate.mean(torch.rand(50) - 9))
     comparison = [
-        {"subject": name, "path": "pixels/fd/samples", "difference": CELL},
-        {"subject": name, "path": "vlb/discrete/total", "difference": None},
+        {"subject": name, "path": "loss/log-SNR 1.00/x0", "difference": less},
+        {"subject": name, "path": "pixels/fd/samples", "difference": less},
+        {"subject": name, "path": "pixels/density/samples", "difference": less},
+        {"subject": name, "path": "vlb/d/total", "difference": None},
     ]
-    table = comparison_table(evaluation_of(first, second, comparison=comparison))
-    assert table.head == ["", f"{HOSTILE}0", name, "real vs real", f"{name} - {HOSTILE}0"]
+    table, levels = comparison_tables(evaluation_of(first, second, comparison=comparison))
+    assert table.head == ["", f"{HOSTILE}0", name, f"{name} - {HOSTILE}0", "real vs real"]
     text = interval_text(CELL)
-    assert table.rows[0] == ["pixels/fd", text, text, text, text]
-    assert table.rows[1] == ["vlb/discrete/total", "", text, "", ""]
-    assert comparison_table(evaluation_of(first)) is None
+    assert table.rows[0] == ["pixels/fd ↓", text, text, f"{interval_text(less)} better", text]
+    # more than real items have is no gain
+    assert table.rows[1] == ["pixels/density", text, text, interval_text(less), text]
+    assert table.rows[2] == ["vlb/d/total ↓", "", text, "", ""]
+    assert levels.head == ["", f"{HOSTILE}0", name, f"{name} - {HOSTILE}0"]
+    assert levels.rows[0][0] == "loss/log-SNR 1.00/x0 ↓"
+    assert comparison_tables(evaluation_of(first)) == []
+
+
+def test_a_difference_says_what_its_interval_does():
+    def told(*interval, keys=("pixels", "fd", "samples")):
+        return told_difference({"value": 1.0, "error": 0.5, "interval": interval}, keys)
+
+    assert told(0.2, 1.8).endswith("] worse")
+    assert told(0.2, 1.8, keys=("pixels", "recall", "samples")).endswith("] better")
+    assert told(-0.2, 1.8).endswith("]")
+    assert told(0.2, 1.8, keys=("value_stats", "channel 0", "mean")).endswith("]")
+    assert told_difference(None, ("pixels", "fd", "samples")) == ""
 
 
 def test_groups_have_a_table_each_and_one_of_their_difference():
@@ -189,7 +207,7 @@ def test_groups_have_a_table_each_and_one_of_their_difference():
     difference = side_by_side(evaluation)[2]
     assert difference.note == "one training each: the interval holds the samples alone"
     assert difference.rows[0][2] == "cannot be told"
-    page = html_page(evaluation, [{}])
+    page = evaluation_page(evaluation, [{}])
     assert escape(difference.note) in page
     assert "sd of trainings" in page
 
@@ -266,7 +284,8 @@ def test_numbers_outlive_a_full_disk(tmp_path, monkeypatch, full):
         return atomic_write(path, write_file)
 
     told = []
-    monkeypatch.setattr("ddp.metrics.report.atomic_write", write)
+    for module in ("metrics.report", "io.page"):
+        monkeypatch.setattr(f"ddp.{module}.atomic_write", write)
     monkeypatch.setattr(evaluate, "METRICS", {"dark": Metric(dark), "again": Metric(dark)})
     monkeypatch.setattr(evaluate, "OLD_METRICS", {})
     items = torch.zeros(30, 1, 8, 8, dtype=torch.uint8)
@@ -303,12 +322,12 @@ class Tags(HTMLParser):
 def test_a_page_needs_no_network_and_escapes_what_it_is_given():
     row = {"samples": CELL, "real": CELL, "difference": CELL}
     evaluation = evaluation_of({"value_stats": {HOSTILE: {"mean": row}}})
-    page = html_page(evaluation, [{"a <caption>": Image.new("L", (4, 4))}])
+    page = evaluation_page(evaluation, [{"a <caption>": Image.new("L", (4, 4))}])
     assert HOSTILE not in page
     assert "<b>" not in page
     assert "<items>" not in page
     assert "<script" not in page
-    assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)
+    assert not re.search(r"(?:src|href)=[\"'](?!data:|#)", page)
     assert "http" not in page
     assert "data:image/png;base64," in page
     assert 'name="viewport"' in page
@@ -321,7 +340,7 @@ def test_a_page_needs_no_network_and_escapes_what_it_is_given():
 def test_a_page_takes_names_with_a_dollar():
     evaluation = evaluation_of({"value_stats": {"$5 ${title}": {"mean": {"samples": CELL}}}})
     evaluation["dataset"]["name"] = "${body} $x"
-    page = html_page(evaluation, [{"$a$ caption": Image.new("L", (4, 4))}])
+    page = evaluation_page(evaluation, [{"$a$ caption": Image.new("L", (4, 4))}])
     for text in ("${body} $x", "$a$ caption", "$5 ${title}"):
         assert text in page
 

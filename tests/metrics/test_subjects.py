@@ -193,7 +193,7 @@ def test_results_of_a_file_lie_beside_it(tmp_path):
 def test_results_of_a_comparison_lie_in_no_subject(photos, monkeypatch):
     monkeypatch.chdir(photos / "cat")
     subjects = [Subject(str(photos / "cat")), Subject(str(photos))]
-    assert free_place(subjects, "digits") == photos.parent / "cat-evaluation"
+    assert free_place(subjects, "digits") == photos.parent / "comparison"
 
 
 def test_a_place_inside_data_is_refused(photos):

@@ -16,6 +16,7 @@ from helpers import DIGITS, SHORT, execute, read_arrays, refused, run
 from ddp.config import Config
 from ddp.io import cli
 from ddp.io.checkpoint import read_checkpoint
+from ddp.io.edit_inputs import parse_labels
 from ddp.io.terminal import Stopped
 from ddp.options import SamplerOptions, count_or_auto
 from ddp.presets import OLD_NAMES, OLD_VALUES
@@ -402,14 +403,14 @@ def test_reject_if_raises_the_first_reason_that_holds():
 )
 def test_parse_labels_reads_names_and_numbers(text, labels):
     model = argparse.Namespace(num_classes=3)
-    assert cli.parse_labels(text, model, ["cat", "dog", "big, brown"]) == labels
+    assert parse_labels(text, model, ["cat", "dog", "big, brown"]) == labels
 
 
 def test_parse_labels_refuses_what_is_not_a_class():
     for num_classes, text in ((3, "bird"), (3, "3"), (0, "cat")):
         model = argparse.Namespace(num_classes=num_classes)
         with pytest.raises(ValueError, match="label="):
-            cli.parse_labels(text, model, ["cat", "dog", "big, brown"])
+            parse_labels(text, model, ["cat", "dog", "big, brown"])
 
 
 # ---- plugins ----

@@ -1,0 +1,193 @@
+"""Runs side by side: what differs in their settings, their figures and curves; tables for a paper.
+
+A figure of several trainings is their mean ± standard deviation; of one training its standard
+error, which holds the samples alone.
+"""
+
+import math
+from functools import partial
+from statistics import fmean, stdev
+
+import numpy as np
+from PIL import Image
+
+from ddp.io.figures import overlaid_losses, save_png, to_pil
+from ddp.io.files import atomic_dir, atomic_write
+from ddp.io.page import html_details, html_figures, html_list, html_page, write_html
+from ddp.io.runs import differing_settings, recipe_differences
+from ddp.io.tables import Best, Table, digits_of, html_table, write_tables
+from ddp.metrics.evaluate import find_better
+from ddp.metrics.report import path_text
+from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings
+
+NOT_MEASURED = "no figures of samples; evaluate.py measures them"
+LEVELS = "loss/"  # the paths of losses by noise level, which have a table of their own
+BOLD = "bold: the best, and what is not told from it at 95%"
+
+
+def write_comparison(groups, out, command):
+    """Write comparison.html, tables and charts of Groups into a folder -> (path, tables, warnings).
+
+    command: what to type for it again."""
+    runs = [run for group in groups for run in group.runs]
+    warnings = recipe_differences(runs)
+    warnings += [] if any(run.figures for run in runs) else [NOT_MEASURED]
+    tables = comparison_tables(groups, bold=not warnings)
+    charts = loss_charts(groups)
+    with atomic_dir(out) as written:
+        for name, chart in charts.items():
+            path = written.folder / f"loss_over_{name}.png"
+            atomic_write(path, partial(save_png, to_pil(chart)))
+        write_tables(written.folder, "tables", tables)
+        text = page(groups, tables, charts, warnings, command)
+        write_html(written.folder / "comparison.html", text)
+    return written.path, tables, warnings
+
+
+def comparison_tables(groups, bold):
+    """The Tables of Groups: what they are, what differs, their figures, the losses by level."""
+    names = [group.name for group in groups]
+    tables = [Table("runs", "", ["", *names], run_rows(groups))]
+    settings = differing_settings(groups)
+    rows = [[name, *map(setting_text, values)] for name, values in settings.items()]
+    if rows:
+        tables.append(Table("settings that differ", "", ["", *names], rows))
+    counts = {len(group.runs) for group in groups}
+    note = "± is the standard error of the samples; other seeds were not trained"
+    if max(counts) > 1:
+        note = "mean ± standard deviation between trainings; of one training the standard error"
+    note += f"; {BOLD}" if bold and len(groups) > 1 else ""
+    figures, levels = figure_rows(groups, bold and len(groups) > 1)
+    head = ["", *names, "real items"]
+    tables += [Table("figures", note, head, figures)] if figures else []
+    tables += [Table("test loss by noise level", "as above", head[:-1], levels)] if levels else []
+    return tables
+
+
+def setting_text(value):
+    return "" if value is None else str(value)
+
+
+def run_rows(groups):
+    """What the runs of each Group are: trainings, network, steps, minutes, loss at the end."""
+    rows = []
+    for group in groups:
+        seconds = [run.seconds for run in group.runs if run.seconds]
+        losses = [run.val_losses[-1][1] for run in group.runs if run.val_losses]
+        minutes = f"{fmean(seconds) / 60:.1f}" if seconds else ""
+        loss = spread_text(losses, [None] * len(losses))
+        first = group.runs[0]
+        rows.append([f"{len(group.runs)}", first.network, f"{first.step:,}", minutes, loss])
+    names = ("trainings", "network", "steps", "minutes of training", "loss of held-out items")
+    return [[name, *cells] for name, *cells in zip(names, *rows, strict=True)]
+
+
+def spread_text(values, errors):
+    """The mean of values with their standard deviation; of one value, with its error."""
+    if not values:
+        return ""
+    spread = stdev(values) if len(values) > 1 else errors[0]
+    if spread is None:
+        return f"{fmean(values):.4f}"
+    digits = digits_of(spread)
+    return f"{fmean(values):.{digits}f} ± {spread:.{digits}f}"
+
+
+def figure_rows(groups, bold):
+    """Rows of the figures that groups have, and rows of their losses by noise level."""
+    runs = [run for group in groups for run in group.runs]
+    paths = {path: None for run in runs for path in run.figures}  # each once, in order
+    real = {path: estimate for run in runs for path, estimate in run.real.items() if estimate}
+    figures, levels = [], []
+    for path in paths:
+        estimates = [group.figure(path) for group in groups]
+        cells = [figure_text(each) for each in estimates]
+        for i in best_of(estimates, find_better(path.split("/"))) if bold else ():
+            cells[i] = Best(cells[i])
+        row = [path_text(path), *cells]
+        if path.startswith(LEVELS):
+            levels.append(row)
+        else:
+            figures.append([*row, figure_text([real[path]] if path in real else None)])
+    return figures, levels
+
+
+def figure_text(estimates):
+    """The estimates of a group, one of each training, as text."""
+    if estimates is None:
+        return ""
+    return spread_text([each["value"] for each in estimates], [each["error"] for each in estimates])
+
+
+def best_of(estimates, direction):
+    """The indices of the groups that are best, or cannot be told from it, at 95%.
+
+    estimates: of each group a list, or None; direction: "lower", "higher", None: neither."""
+    known = [i for i, each in enumerate(estimates) if each]
+    if direction is None or not known:
+        return []
+    sign = 1 if direction == "lower" else -1
+    means = {i: sign * fmean(each["value"] for each in estimates[i]) for i in known}
+    best = min(known, key=means.get)
+    return [i for i in known if i == best or not told_apart(estimates[best], estimates[i])]
+
+
+def told_apart(first, second):
+    """Whether two groups of estimates differ: by Welch's test over trainings or, where one has a
+    single training, by the errors of their samples."""
+    values = [[each["value"] for each in estimates] for estimates in (first, second)]
+    if min(map(len, values)) > 1:
+        low, high = difference_of_trainings(*values)["interval"]
+        return not low <= 0 <= high
+    errors = [each[0]["error"] or 0 for each in (first, second)]
+    return abs(fmean(values[0]) - fmean(values[1])) > NORMAL_95 * math.hypot(*errors)
+
+
+def loss_charts(groups):
+    """Charts of the loss of held-out items, over steps and over minutes: name -> Figure."""
+    by_step = {}  # name of a group -> a list of (x, loss), (N,) each
+    by_minute = {}
+    for group in groups:
+        for run in group.runs:
+            if not run.val_losses:
+                continue
+            step, loss = np.array(run.val_losses).T  # (N,) each
+            by_step.setdefault(group.name, []).append((step, loss))
+            if run.seconds:
+                minutes = step * run.seconds / run.step / 60
+                by_minute.setdefault(group.name, []).append((minutes, loss))
+    charts = {"steps": (by_step, "step"), "minutes": (by_minute, "minutes of training")}
+    return {name: overlaid_losses(*what) for name, what in charts.items() if what[0]}
+
+
+def newest_samples(groups):
+    """The newest grid of samples of the first run of each group: caption -> PIL image."""
+    images = {}
+    for group in groups:
+        folder = group.runs[0].path.parent / "samples"
+        for path in sorted(folder.glob("step_*.png"))[-1:]:
+            step = int(path.stem.removeprefix("step_"))
+            with Image.open(path) as image:
+                images[f"{group.name}: samples at step {step:,}"] = image.convert("RGB")
+    return images
+
+
+def page(groups, tables, charts, warnings, command):
+    """The comparison as one HTML page."""
+    titled = {table.title: html_table(table) for table in tables}
+    levels = titled.pop("test loss by noise level", None)
+    order = ("figures", "settings that differ", "runs")
+    body = [html_list(warnings)] if warnings else []
+    body += [titled[title] for title in order if title in titled]
+    shown = {f"loss of held-out items over {name}": chart for name, chart in charts.items()}
+    body.append(html_figures(shown | newest_samples(groups)))
+    if levels:
+        body.append(html_details("losses by noise level", levels))
+    count = sum(len(group.runs) for group in groups)
+    return html_page(
+        " and ".join(group.name for group in groups),
+        f"{count} trainings, of which those that differ in their seed alone stand together.",
+        body,
+        command,
+        {group.name: group.runs[0].settings for group in groups},
+    )

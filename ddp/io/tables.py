@@ -1,0 +1,193 @@
+"""Tables: made of estimates, and shown in a terminal, as HTML, Markdown, LaTeX and CSV."""
+
+import csv
+import io
+import shutil
+import textwrap
+from collections import namedtuple
+from functools import partial
+from html import escape
+from pathlib import Path
+
+from ddp.io.files import atomic_write
+
+HEADS = {"real_vs_real": "real vs real", "relative_to_real": "relative to real"}
+INDENT = 3  # spaces before a line of a table in a terminal
+LEAST_WIDTH, MOST_WIDTH = 60, 120  # columns of a terminal that a table is fitted to
+LATEX_MARKS = {mark: f"\\{mark}" for mark in "&%$#_{}"}
+LATEX_MARKS |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX_MARKS |= {"±": r"$\pm$", "↑": r"$\uparrow$", "↓": r"$\downarrow$", "²": r"$^2$"}
+LATEX_MARKS |= {"<": r"$<$", ">": r"$>$", "|": r"$|$"}
+MARKDOWN_MARKS = {mark: f"\\{mark}" for mark in "\\|<>`[]*_"}
+
+Table = namedtuple("Table", "title note head rows")  # text; rows: lists as long as head
+
+
+class Best(str):
+    """The text of a cell that is the best of its row."""
+
+
+def error_text(cell):
+    """An estimate as value ± standard error, or a number, or nothing; text as it is."""
+    if isinstance(cell, str):
+        return cell
+    if isinstance(cell, dict):
+        error = "" if cell["error"] is None else f" ± {cell['error']:.4f}"
+        return f"{cell['value']:.4f}{error}"
+    if cell is None:
+        return ""
+    return f"{cell:.4g}" if isinstance(cell, float) else f"{cell:,}"
+
+
+def interval_text(cell):
+    """An estimate with its 95% interval, in the digits that its error allows."""
+    if not isinstance(cell, dict) or cell["error"] is None:
+        return error_text(cell)  # which has no interval
+    digits = digits_of(cell["error"])
+    low, high = cell["interval"]
+    return f"{cell['value']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def digits_of(error):
+    """The decimals of a number with such an error: two digits of it, three where it is 0."""
+    exponent = int(f"{error:e}".split("e")[1]) if error > 1e-9 else -2
+    return min(max(0, 1 - exponent), 5)
+
+
+def make_table(title, note, rows, cell_text):
+    """The Table of rows, name -> column -> cell; a column stands where it first appears."""
+    columns = []  # in the order in which they first appear
+    for cells in rows.values():
+        columns += [column for column in cells if column not in columns]
+    lines = []
+    for name, cells in rows.items():
+        lines.append([name] + [cell_text(cells.get(column)) for column in columns])
+    head = [""] + [HEADS.get(column, column) for column in columns]
+    return Table(title, note, head, lines)
+
+
+# ---- in a terminal ----
+
+
+def table_lines(tables, width=None):
+    """Tables as lines for a terminal of so many columns (default: as wide as it is).
+
+    What is wider stands in parts, one below the other, each with the names of the rows."""
+    width = width or terminal_width()
+    lines = []
+    for table in tables:
+        title = f"{table.title} ({table.note})" if table.note else table.title
+        lines += ["", *wrapped(title, width)]
+        rows = [table.head, *table.rows] if any(table.head) else table.rows  # of text
+        for i, part in enumerate(fitting_parts(rows, width)):
+            lines += [""] * (i > 0) + part
+    return lines
+
+
+def terminal_width():
+    """The columns of the terminal, within reason; of a file MOST_WIDTH."""
+    columns = shutil.get_terminal_size((MOST_WIDTH, 24)).columns
+    return min(max(columns, LEAST_WIDTH), MOST_WIDTH)
+
+
+def wrapped(text, width=None):
+    """Text as lines of a terminal's width; all but the first are indented."""
+    return textwrap.wrap(text, width or terminal_width(), subsequent_indent=" " * INDENT)
+
+
+def fitting_parts(rows, width):
+    """Rows of text as lines, in as many parts as fit into a width: a list of lists."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]  # in characters
+    parts = [[]]  # the columns of each part, after that of names
+    used = INDENT + widths[0]
+    for column in range(1, len(widths)):
+        used += 2 + widths[column]
+        if used > width and parts[-1]:
+            parts.append([])
+            used = INDENT + widths[0] + 2 + widths[column]
+        parts[-1].append(column)
+    return [[row_line(row, columns, widths) for row in rows] for columns in parts]
+
+
+def row_line(row, columns, widths):
+    """Some columns of a row as a line: the name to the left, numbers to the right."""
+    cells = [row[0].ljust(widths[0]), *(row[k].rjust(widths[k]) for k in columns)]
+    return (" " * INDENT + "  ".join(cells)).rstrip()
+
+
+# ---- for a page and a paper ----
+
+
+def html_table(table):
+    """A Table as HTML, with everything escaped; what is best is bold."""
+    lines = []
+    for row in [table.head, *table.rows] if any(table.head) else table.rows:
+        tag = "th" if row is table.head else "td"
+        cells = [f"<{tag}>{html_cell(cell)}</{tag}>" for cell in row]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return (
+        f"<h3>{escape(table.title)}</h3><small>{escape(table.note)}</small>"
+        f'<div class="wide"><table>{"".join(lines)}</table></div>'
+    )
+
+
+def html_cell(cell):
+    return f"<b>{escape(cell)}</b>" if isinstance(cell, Best) else escape(cell)
+
+
+def markdown(tables):
+    """Tables as Markdown."""
+
+    def text(cell):
+        shown = "".join(MARKDOWN_MARKS.get(mark, mark) for mark in cell)
+        return f"**{shown}**" if isinstance(cell, Best) else shown
+
+    lines = []
+    for table in tables:
+        lines += [f"### {text(table.title)}", ""]
+        lines += [text(table.note), ""] if table.note else []
+        rows = [[text(cell) for cell in row] for row in (table.head, *table.rows)]
+        rows.insert(1, ["---"] + ["---:"] * (len(table.head) - 1))
+        lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+    return "\n".join(lines)
+
+
+def latex(tables):
+    """Tables as LaTeX, for the package booktabs."""
+
+    def text(cell):
+        shown = "".join(LATEX_MARKS.get(mark, mark) for mark in cell)
+        return rf"\textbf{{{shown}}}" if isinstance(cell, Best) else shown
+
+    lines = [r"% \usepackage{booktabs}"]
+    for table in tables:
+        note = f": {table.note}" if table.note else ""
+        lines += [r"\begin{table}", r"\centering", rf"\caption{{{text(table.title + note)}}}"]
+        lines.append(rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}")
+        lines += [r"\toprule", " & ".join(map(text, table.head)) + r" \\", r"\midrule"]
+        lines += [" & ".join(map(text, row)) + r" \\" for row in table.rows]
+        lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}", ""]
+    return "\n".join(lines)
+
+
+def csv_text(tables):
+    """Tables as CSV, each row with the title of its table; nothing is marked as best."""
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    for table in tables:
+        writer.writerow(["table", "row", *table.head[1:]])
+        writer.writerows([table.title, *row] for row in table.rows)
+    return file.getvalue()
+
+
+FORMATS = {".md": markdown, ".tex": latex, ".csv": csv_text}
+
+
+def write_tables(folder, name, tables):
+    """Write tables into a folder in each of FORMATS -> their paths."""
+    paths = []
+    for suffix, write in FORMATS.items():
+        data = write(tables).encode()
+        path = folder / f"{name}{suffix}"
+        paths.append(atomic_write(path, partial(Path.write_bytes, data=data)))
+    return paths

@@ -1,0 +1,150 @@
+"""What an evaluation says, in sentences, and what its words mean.
+
+Both are of an evaluation as JSON: an estimate is {value, error, interval}.
+"""
+
+from ddp.metrics.comparison import flatten
+
+SPACES = ("inception", "classifier", "values", "points", "filters", "pixels")  # most telling first
+DISTANCES = ("fd", "wasserstein2", "sliced_wasserstein")
+LIKELIHOODS = {"vlb": "VLB", "ode_nll": "ODE NLL"}
+PIXEL_BITS = 8  # of a pixel as it is, without a model
+BY_CHANCE = 0.05  # of new items are called near duplicates, by definition
+
+TERMS = {
+    "[low, high]": "a 95% interval. Of one model it holds the samples alone: the same model would "
+    "give such figures again. Of a group of trainings it holds other seeds, too.",
+    "±": "a standard error: about two thirds of repetitions lie so near.",
+    "real vs real": "the figure of real items in the place of samples. No model does better but "
+    "by chance, or by copying.",
+    "relative to real": "the figure of the samples over that of real items; 1 is as good.",
+    "classifier": "distances are between the features of a small classifier of this dataset, "
+    "trained on half of its training items; items of one kind lie near each other.",
+    "filters": "distances are between the outputs of fixed random filters, which know textures.",
+    "pixels": "distances are between the pixels themselves.",
+    "inception": "distances are between the features of Inception, as in published FIDs.",
+    "values": "distances are between the standardized numbers.",
+    "points": "distances are between the points themselves.",
+    "fd": "Frechet distance: between two normal distributions with the means and covariances of "
+    "samples and of real items. In Inception's features it is the FID.",
+    "fd_inf": "the same, extrapolated to infinitely many samples: fd is too large with few.",
+    "kid": "kernel distance (KID): like fd, without its bias; below 0 by chance.",
+    "wasserstein2": "2-Wasserstein distance: how far the samples must be moved to become the real "
+    "items, by the best assignment, root mean square.",
+    "mmd_rbf": "squared maximum mean discrepancy with Gaussian kernels; 0 for equal distributions.",
+    "histogram_kl": "Kullback-Leibler divergence between histograms, in nats.",
+    "sliced_wasserstein": "the Wasserstein distance of projections on random lines, on average.",
+    "precision": "the fraction of samples that lie among real items: how many look right.",
+    "recall": "the fraction of real items that lie among samples: how much is covered.",
+    "density": "like precision, counting how many real items a sample lies among; best as of real "
+    "items, more is crowding where these are dense.",
+    "coverage": "the fraction of real items that have a sample near them.",
+    "class_tv": "total variation between the frequencies of the classes: the share of samples that "
+    "would have to be of another class.",
+    "confident": "the fraction of items whose class the classifier gives more than 90%.",
+    "label_accuracy": "the fraction of samples that the classifier calls what they were made for.",
+    "near_duplicates": "the fraction of samples nearer to a training item than 95% of held-out "
+    "items are; 0.05 for new items, more where the model has learned items by heart.",
+    "nn_distance_ratio": "the median distance of samples to the nearest training item, over that "
+    "of held-out items.",
+    "saturated": "the fraction of pixels that are black or white, 0 or 255.",
+    "loss": "test loss by noise level. log-SNR is the log of signal to noise, at the left noise "
+    "alone; x0, eps and v are units: of the data, of the noise, and of their mixture.",
+    "vlb": "variational lower bound (negative): how well the model predicts test items; discrete "
+    "with the steps of training, continuous with infinitely many.",
+    "monte_carlo": "the part of the error that more noise levels (vlb_samples) would lower.",
+    "ode_nll": "negative log-likelihood along the probability-flow ODE. A pixel needs noise before "
+    "it has a density: uniform noise, or the model's own.",
+    "importance_weighted": "a tighter bound, of several such noises.",
+    "below_vlb": "how far it is below the VLB of the same items.",
+    "gap": "what the model needs beyond the entropy of the data; 0 for a perfect model.",
+}
+
+
+def terms_of(evaluation):
+    """The words that an evaluation uses: term -> its meaning."""
+    words = {"[low, high]", "±", "real vs real", "relative to real"}
+    for subject in evaluation["subjects"]:
+        for keys in flatten({k: v for k, v in subject.items() if k not in ("name", "about")}):
+            words.update(keys)
+    return {term: text for term, text in TERMS.items() if term in words}
+
+
+def verdict(subject, evaluation):
+    """What the figures of a subject say, in sentences, a list."""
+    return [
+        *distance_sentences(subject),
+        *memorization_sentences(subject),
+        *likelihood_sentences(subject, evaluation),
+    ]
+
+
+def distance_sentences(subject):
+    """How near the samples are to real items, in the most telling feature space."""
+    space = next((name for name in SPACES if name in subject), None)
+    if space is None:
+        return []
+    results = subject[space]
+    lines = []
+    for name in DISTANCES:
+        ratio = results.get(name, {}).get("relative_to_real")
+        if ratio:
+            low, high = ratio["interval"]
+            lines.append(
+                f"Samples are {ratio['value']:.2f} [{low:.2f}, {high:.2f}] times as far from real "
+                f"items as other real items are (1: as near; {name}, {space})."
+            )
+            break
+    if "precision" in results and "recall" in results:
+        precision, recall = (with_real(results[name]) for name in ("precision", "recall"))
+        lines.append(
+            f"Precision {precision}, the share of samples that look right; recall {recall}, the "
+            "share of the data that they cover."
+        )
+    return lines
+
+
+def with_real(cells):
+    """A proportion of samples as text, with that of real items if it was measured."""
+    real = cells["real_vs_real"]
+    return f"{cells['samples']['value']:.2f}" + (f" (real {real['value']:.2f})" if real else "")
+
+
+def memorization_sentences(subject):
+    """Whether samples are copies of training items."""
+    results = subject.get("memorization", {})
+    near = results.get("near_duplicates")
+    if not near:
+        return []
+    lines = []
+    if results["copies"]:
+        lines.append(f"{results['copies']:,} samples are exact copies of training items.")
+    low, high = near["interval"]
+    share = (
+        f"{near['value']:.0%} [{low:.0%}, {high:.0%}] of samples lie as near to a training item "
+    )
+    share += f"as {BY_CHANCE:.0%} of new items do"
+    meaning = "the model has learned items by heart" if low > BY_CHANCE else "no sign of copies"
+    return [*lines, f"{share}: {meaning}."]
+
+
+def likelihood_sentences(subject, evaluation):
+    """How well test items are predicted."""
+    unit = evaluation["recipe"]["unit"]
+    lines = []
+    for name, title in LIKELIHOODS.items():
+        kind, terms = next(iter(subject.get(name, {}).items()), (None, {}))
+        total = terms.get("total")
+        if not total:
+            continue
+        line = f"{title} ({kind}): {total['value']:.3f} ± {total['error'] or 0:.3f} {unit}"
+        if unit == "bits/dim" and total["value"] > PIXEL_BITS:
+            line += (
+                f": more than the {PIXEL_BITS} bits of a pixel itself, so it is no density model"
+            )
+        elif unit == "bits/dim" and name == "vlb":
+            line += "; a lossless code made of the model needs no more for a test item"
+        if evaluation["entropy"]:
+            line += f"; a perfect model has {evaluation['entropy']['value']:.3f}"
+        lines.append(f"{line}.")
+    return lines
