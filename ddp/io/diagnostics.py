@@ -9,18 +9,20 @@ import torch
 from torch.profiler import profile as record_profile
 
 from ddp.data import to_data
-from ddp.io.figures import save_png, schedule_curve, to_pil
+from ddp.forward import q_sample
+from ddp.io.figures import save_png, schedule_curve, side_by_side, to_pil
 from ddp.io.files import atomic_write, next_free_path, shown_path
-from ddp.io.item_figures import draw_items, room
+from ddp.io.item_figures import draw_items, room, strip
 from ddp.io.memory import training_memory
 from ddp.loss import WEIGHTINGS
 from ddp.planning import synchronize
-from ddp.rng import uniform
+from ddp.rng import normal, uniform
 from ddp.schedule import MIN_LOG_SNR
 
 MAX_TERMINAL_SNR = 1e-3  # above it the data shows through the noise from which sampling starts
 LEVEL_ITEMS = 1 << 16  # noise levels sampled for the table
 LEVEL_BINS = 12  # rows of the table
+NOISED_ITEMS, NOISED_TIMES = 8, 8  # in the picture of the forward network
 PROFILED_STEPS = 20
 TIMED_STEPS = 3  # by a dry run
 WARMUP_STEPS = 5  # in which kernels are chosen and memory is allocated
@@ -78,11 +80,25 @@ def duration(trainer):
 
 
 def training_items(trainer):
-    """Return a PIL image of training items: cropped, scaled and augmented as in a run."""
+    """Return a PIL image of training items: cropped, scaled and augmented as in a run.
+
+    Right of images the first few, as the forward network noises them."""
     count = min(trainer.config.batch_size, room(trainer.dataset.event))
     x0, _ = trainer.training_batch(0, count)  # (count, *event)
     x0, _ = trainer.augmented(0, x0)
-    return draw_items(to_data(x0.cpu(), trainer.dataset.units))
+    items = to_data(x0.cpu(), trainer.dataset.units)
+    image = draw_items(items)
+    if not trainer.model.is_image:
+        return image
+    few = x0[:NOISED_ITEMS]
+    eps = normal(trainer.config.seed, "train_eps", 0, torch.arange(len(few)), few.shape[1:])
+    levels = trainer.model.schedule.log_snr(torch.linspace(1, 0, NOISED_TIMES)).detach().cpu()
+    states = []
+    for log_snr in levels.float():
+        x_t = q_sample(few.cpu(), log_snr, eps)  # (NOISED_ITEMS, *event)
+        states.append(to_data(x_t, trainer.dataset.units))
+    noised = strip(states, levels.tolist(), items, end="data")
+    return side_by_side([image, noised], ["training items", "noised, by log-SNR"])
 
 
 def schedule_summary(config, schedule):

@@ -294,7 +294,7 @@ def schedule_curve(t, log_snr, rows):
     for (label, values), style in zip(curves.items(), ("-", "--"), strict=True):  # they may agree
         right.step(levels, values / values.max(), style, where="mid", label=label)
     right.set(xlabel=LOG_SNR_LABEL, title="noise levels in training")
-    right.set(ylabel="relative to its maximum")
+    right.set(ylabel="relative to its maximum", ylim=(-0.05, 1.3))  # room for the legend
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)

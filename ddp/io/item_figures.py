@@ -234,12 +234,13 @@ def components(sets, titles, like):
 # ---- from noise to data ----
 
 
-def strip(states, levels, like):
+def strip(states, levels, like, end="sample"):
     """Return a PIL image of a few items on their way from noise to data, left to right.
 
-    states: (N, *event) at each of some times. levels: their log-SNR. like: as of draw_items."""
+    states: (N, *event) at each of some times. levels: their log-SNR. like: as of draw_items.
+    end: what the last are called."""
     titles = ["noise" if level == -math.inf else f"log-SNR {level:.1f}" for level in levels]
-    titles[-1] = "sample"
+    titles[-1] = end
     like = np.asarray(like)
     states = [np.asarray(state) for state in states]
     if states[0].ndim == 4:

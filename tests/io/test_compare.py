@@ -1,0 +1,178 @@
+"""Runs read back from their folders, pooled over seeds, and put side by side."""
+
+import json
+import math
+import re
+from statistics import mean, stdev
+
+import pytest
+from PIL import Image
+
+from ddp.config import Config
+from ddp.data import load_dataset
+from ddp.io.checkpoint import checkpoint_state, write_checkpoint
+from ddp.io.compare_page import best_of, comparison_tables, write_comparison
+from ddp.io.files import file_digest
+from ddp.io.runs import find_evaluation, group_runs, read_run, read_runs, recipe_differences
+from ddp.io.tables import Best
+from ddp.training import Trainer
+
+SMALL = {"channels_base": 8, "blocks_per_level": 1, "batch_size": 8, "max_steps": 2}
+
+
+def estimate(value, error=0.01):
+    return {"value": value, "error": error, "interval": [value - 2 * error, value + 2 * error]}
+
+
+def make_run(folder, seed=0, fd=None, recall=0.5, seconds=60.0, recipe=None, **fields):
+    """Write a run of two steps that was never trained, and an evaluation if it has an fd."""
+    config = Config(dataset="moons", seed=seed, **{**SMALL, **fields})
+    trainer = Trainer(config, load_dataset("moons"))
+    state = checkpoint_state(trainer) | {"seconds": seconds, "step": 2}
+    path = write_checkpoint(folder / "last.pth", state)
+    header = "step,epoch,loss,grad_norm,lr,val_loss"
+    (folder / "log.csv").write_text(
+        f"{header}\n1,0,1.0,1.0,0.1,0.9\n2,0,0.9,1.0,0.1,{0.5 + seed}\n"
+    )
+    if fd is not None:
+        (folder / "last-evaluation").mkdir()
+        about = {"sha256": file_digest(path), "sampler": "ddim", "steps": 20, "weights": "ema"}
+        results = {
+            "points": {"fd": row(fd), "recall": row(recall)},
+            "loss": {"1": {"x0": estimate(2)}},
+        }
+        evaluation = {
+            "recipe": {"unit": "nats", "num_samples": 100, "seed": 0, **(recipe or {})},
+            "subjects": [{"name": "x", "about": about, **results}],
+        }
+        (folder / "last-evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
+    return folder
+
+
+def row(value):
+    return {"samples": estimate(value), "real_vs_real": estimate(0.25), "relative_to_real": None}
+
+
+def four_runs(tmp_path):
+    """Two ways of training, two seeds each."""
+    values = {"a": (1.0, 1.2), "b": (2.0, 2.1)}
+    for name, lr in (("a", 0.001), ("b", 0.002)):
+        for seed, fd in enumerate(values[name]):
+            make_run(tmp_path / f"{name}-{seed}", seed, fd, lr=lr)
+    return [str(tmp_path / "a-*"), str(tmp_path / "b-*")]
+
+
+def test_runs_that_differ_in_their_seed_are_pooled(tmp_path):
+    groups = group_runs(read_runs(four_runs(tmp_path)))
+    assert [(group.name, len(group.runs)) for group in groups] == [("a", 2), ("b", 2)]
+    run = groups[0].runs[0]
+    assert (run.step, run.seconds, run.val_losses) == (2, 60.0, [(1, 0.9), (2, 0.5)])
+    assert run.settings["dataset"] == "moons"
+    assert "out_dir" not in run.settings
+    runs, settings, figures, levels = comparison_tables(groups, bold=True)
+    assert [line[0] for line in settings.rows] == ["lr"]
+    assert settings.rows[0][1:] == ["0.001", "0.002"]
+    rows = {line[0]: line[1:] for line in figures.rows}
+    expected = f"{mean([1.0, 1.2]):.2f} ± {stdev([1.0, 1.2]):.2f}"
+    assert rows["points/fd ↓"] == [expected, "2.050 ± 0.071", "0.250 ± 0.010"]
+    assert [line[0] for line in levels.rows] == ["loss/1/x0 ↓"]
+    assert ["trainings", "2", "2"] in runs.rows
+    assert ["minutes of training", "1.0", "1.0"] in runs.rows
+
+
+def test_of_one_training_the_error_is_that_of_its_samples(tmp_path):
+    make_run(tmp_path / "one", 0, 1.0)
+    make_run(tmp_path / "two", 0, 1.5, lr=0.1)
+    groups = group_runs(read_runs([str(tmp_path / "one"), str(tmp_path / "two")]))
+    *_, figures, _ = comparison_tables(groups, bold=True)
+    assert figures.rows[0] == ["points/fd ↓", "1.000 ± 0.010", "1.500 ± 0.010", "0.250 ± 0.010"]
+    assert [isinstance(cell, Best) for cell in figures.rows[0]] == [False, True, False, False]
+    assert [isinstance(cell, Best) for cell in figures.rows[1][1:3]] == [True, True]  # a tie
+    assert "other seeds were not trained" in figures.note
+
+
+@pytest.mark.parametrize(
+    ("values", "direction", "best"),
+    [
+        ([[1.0, 1.1], [2.0, 2.1]], "lower", [0]),
+        ([[1.0, 1.1], [2.0, 2.1]], "higher", [1]),
+        ([[1.0, 2.0], [1.2, 2.1]], "lower", [0, 1]),  # they overlap
+        ([[1.0, 1.1], None, [2.0, 2.1]], "higher", [2]),
+        ([[1.0], [1.01], [1.2]], "lower", [0, 1]),  # by the errors of samples, 0.01
+        ([[1.0, 1.1], [2.0, 2.1]], None, []),
+        ([None], "lower", []),
+    ],
+)
+def test_best_is_what_cannot_be_told_from_the_best(values, direction, best):
+    estimates = [each and [estimate(value) for value in each] for each in values]
+    assert best_of(estimates, direction) == best
+
+
+def test_figures_of_another_recipe_are_told_and_nothing_is_bold(tmp_path):
+    make_run(tmp_path / "a", 0, 1.0)
+    make_run(tmp_path / "b", 0, 2.0, lr=0.1, recipe={"num_samples": 50})
+    groups = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
+    lines = recipe_differences([run for group in groups for run in group.runs])
+    assert lines == ["the figures do not compare: num_samples differs (100, 50)"]
+    out, tables, warnings = write_comparison(groups, tmp_path / "out", "python x")
+    assert warnings == lines
+    assert not any(isinstance(cell, Best) for table in tables for row in table.rows for cell in row)
+    assert lines[0] in (out / "comparison.html").read_text(encoding="utf-8")
+
+
+def test_page_and_tables(tmp_path):
+    groups = group_runs(read_runs(four_runs(tmp_path)))
+    (tmp_path / "a-0" / "samples").mkdir()
+    Image.new("L", (30, 30)).save(tmp_path / "a-0" / "samples" / "step_00000002.png")
+    out, _, warnings = write_comparison(groups, tmp_path / "out", "python <x>")
+    names = sorted(path.name for path in out.iterdir())
+    charts = ["loss_over_minutes.png", "loss_over_steps.png"]
+    assert names == ["comparison.html", *charts, "tables.csv", "tables.md", "tables.tex"]
+    page = (out / "comparison.html").read_text(encoding="utf-8")
+    assert warnings == []
+    assert "a: samples at step 2" in page
+    assert "python &lt;x&gt;" in page
+    assert page.count("<figure>") == 3
+    assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)
+    assert re.search(r"<b>1.10 ± 0.14</b>", page)
+    assert str(tmp_path) not in page.replace("python", "")
+
+
+def test_evaluation_is_of_this_very_file(tmp_path):
+    folder = make_run(tmp_path / "a", 0, 1.0)
+    _, subject = find_evaluation(folder / "last.pth")
+    assert subject["points"]["fd"]["samples"]["value"] == 1.0
+    (folder / "last-evaluation").rename(tmp_path / "a-evaluation-2")  # of the run's folder
+    assert find_evaluation(folder / "last.pth")[1] == subject
+    path = tmp_path / "a-evaluation-2" / "evaluation.json"
+    for text in (
+        "",
+        "[]",
+        '{"subjects": 3}',
+        path.read_text().replace(subject["about"]["sha256"], "0"),
+    ):
+        path.write_text(text)
+        assert find_evaluation(folder / "last.pth") == ({}, {})
+    assert read_run(folder).figures == {}
+    assert math.isclose(read_run(folder).seconds, 60)
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    folder = make_run(tmp_path / "a")
+    with pytest.raises(ValueError, match="is given twice"):
+        read_runs([str(folder), str(folder / "last.pth")])
+    with pytest.raises(ValueError, match="options of a sampler"):
+        read_runs([f"{folder},steps=3"])
+    with pytest.raises(OSError, match="nothing matches"):
+        read_runs([str(tmp_path / "x*")])
+    with pytest.raises(OSError, match=r"nothing\.pth"):
+        read_runs([str(tmp_path / "nothing.pth")])
+
+
+def test_names(tmp_path):
+    make_run(tmp_path / "x" / "0")
+    make_run(tmp_path / "y" / "0", lr=0.1)
+    make_run(tmp_path / "z", lr=0.2)
+    runs = [str(tmp_path / "x" / "0"), str(tmp_path / "y" / "0"), f"mine={tmp_path / 'z'}"]
+    assert [group.name for group in group_runs(read_runs(runs))][:2] == ["x/0", "y/0"]
+    assert group_runs(read_runs(runs))[2].name == "mine"
