@@ -21,9 +21,9 @@ from ddp.training import LR_SCHEDULES
 
 DEFAULT_EPOCHS = 100
 DEFAULT_SCHEDULE = "cosine"
-# prediction -> weighting: the plain loss of the output, but for x0 one that does not look at noise
-# levels only where almost nothing is left to predict
-DEFAULT_WEIGHTING = {"x0": "min_snr", "eps": "snr", "v": "v", "flow": "flow"}
+# prediction -> weighting: the plain loss of the output, but for x0 and edm one that looks less at
+# levels where almost nothing, or almost all, is left to predict
+DEFAULT_WEIGHTING = {"x0": "min_snr", "eps": "snr", "v": "v", "flow": "flow", "edm": "min_snr"}
 OPTIMIZERS = ("muon", "adamw")
 MAX_NAME = 200  # characters; file systems take 255, and something may come behind it
 MAX_STEP_ITEMS = 2**24  # of which a step takes the mean; more are a slip of the keyboard

@@ -6,6 +6,8 @@ whole batch) or (B,), one for each item.
 
 import torch
 
+SIGMA_DATA = 0.5  # the standard deviation of the data in Karras et al. 2022, table 1
+
 
 def expand(level, x):
     """Return a level (B,) as (B, 1, ..., 1), to broadcast against x (B, *event); 0-d stays 0-d."""

@@ -5,7 +5,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ddp.forward import alpha_sigma, expand, to_double
+from ddp.forward import SIGMA_DATA, alpha_sigma, expand, to_double
 
 # log_snr -> the weight of |x0_hat - x0|^2, SNR being exp(log_snr).
 WEIGHTINGS = {
@@ -16,7 +16,7 @@ WEIGHTINGS = {
     "flow": lambda log_snr: (1 + (log_snr / 2).exp()) ** 2,  # plain MSE of the flow's velocity
     "min_snr": lambda log_snr: log_snr.exp().clamp(max=5.0),  # Hang et al. 2023, eq. 7
     "p2": lambda log_snr: log_snr.sigmoid(),  # Choi et al. 2022, eq. 8, k = gamma = 1
-    "edm": lambda log_snr: log_snr.exp() + 1 / 0.5**2,  # Karras et al. 2022; sigma_data is 0.5
+    "edm": lambda log_snr: log_snr.exp() + 1 / SIGMA_DATA**2,  # Karras et al. 2022, table 1
     # A weight of log_snr itself, not of the levels that are drawn: with per_log_snr the loss is the
     # VLB's diffusion term in nats a dimension (Kingma et al. 2021, eq. 18). The other two terms are
     # constants of a fixed schedule, and left out; of a learned one bound_terms adds them.

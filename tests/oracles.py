@@ -202,3 +202,14 @@ class WithoutFloat64(torch.Tensor):
 
     def cpu(self):
         return self.as_subclass(torch.Tensor)
+
+
+def edm_target(x0, eps, log_snr):
+    """What EDM's network is to predict of y = x0 + s eps, s = sigma / alpha, with sigma_data = 0.5.
+
+    Karras et al. 2022, eqs. 7 and 8, table 1."""
+    alpha, sigma = alpha_sigma(log_snr, x0)
+    s = sigma / alpha
+    c_skip = 0.5**2 / (s**2 + 0.5**2)
+    c_out = s * 0.5 / (s**2 + 0.5**2).sqrt()
+    return (x0 - c_skip * (x0 + s * eps)) / c_out

@@ -187,7 +187,7 @@ def test_config_chooses_the_weighting_and_timesteps(fields, weighting, timesteps
 @pytest.mark.parametrize(
     ("fields", "prediction", "weighting"),
     [
-        ({}, "x0", "min_snr"),
+        ({}, "edm", "min_snr"),
         ({"prediction": "v"}, "v", "v"),
         ({"weighting": "snr"}, "v", "snr"),  # the preset's goes with its own weighting
         ({"schedule": "learned"}, "v", "vlb"),

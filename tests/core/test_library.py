@@ -379,3 +379,17 @@ def test_sample_refuses_a_model_in_training_mode():
 def test_model_refuses_an_unknown_prediction():
     with pytest.raises(ValueError, match="prediction"):
         DiffusionModel(Schedule(), nn.Identity(), prediction="nonsense", event=(2,))
+
+
+# ---- what is shown of an object ----
+
+
+def test_repr_says_what_it_is_without_its_numbers():
+    dataset = Dataset("mine", torch.zeros(5, 1, 8, 8, dtype=torch.uint8), torch.zeros(3, 1, 8, 8))
+    assert repr(dataset) == "Dataset('mine', items (1, 8, 8): 5 train, 0 val, 3 test)"
+    assert "cosine, 1000 steps, shift 2" in repr(Schedule("cosine", shift=2.0))
+    assert "flow, continuous time, shift 1" in repr(Schedule("flow", timesteps=0))
+    model = tiny_trainer().model
+    weights = sum(weight.numel() for weight in model.network.parameters())
+    first = repr(model).splitlines()[1].strip()
+    assert first == f"{model.prediction}-prediction of items {model.event}, {weights:,} weights"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from oracles import Gaussian
+from oracles import Gaussian, edm_target
 
 from ddp.forward import alpha_sigma, q_posterior, q_sample
 from ddp.loss import (
@@ -40,12 +40,15 @@ def estimate(prediction, output, x_t, log_snr):
 
 
 @pytest.mark.parametrize(
-    ("prediction", "weighting"), [("x0", "uniform"), ("eps", "snr"), ("v", "v"), ("flow", "flow")]
+    ("prediction", "weighting"),
+    [("x0", "uniform"), ("eps", "snr"), ("v", "v"), ("flow", "flow"), ("edm", "edm")],
 )
 def test_weighting_is_the_plain_mse_of_the_output(draw, prediction, weighting):
     x0, eps, output, log_snr, x_t = draw
     alpha, sigma = alpha_sigma(log_snr, x0)
-    target = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}[prediction]
+    target = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+    target["edm"] = edm_target(x0, eps, log_snr)
+    target = target[prediction]
     x0_hat = estimate(prediction, output, x_t, log_snr)
     plain = ((output - target) ** 2).mean(dim=(1, 2, 3))
     torch.testing.assert_close(denoising_loss(x0_hat, x0, log_snr, weighting), plain)

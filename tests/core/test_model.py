@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from oracles import edm_target
 from torch import nn
 
 from ddp.blocks import NORMS
@@ -27,7 +28,8 @@ class Fixed(nn.Module):
 def targets(x0, eps, log_snr):
     """Return what each prediction is of, in its paper's terms."""
     alpha, sigma = alpha_sigma(log_snr, x0)
-    return {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+    known = {"x0": x0, "eps": eps, "v": alpha * eps - sigma * x0, "flow": eps - x0}
+    return known | {"edm": edm_target(x0, eps, log_snr)}
 
 
 def small_model(event, num_classes=0, seed=0, **fields):
@@ -80,7 +82,7 @@ def test_x0_hat_is_made_in_the_dtype_of_x_t_whatever_the_network_computes_in(pre
     assert gain <= 1 or prediction == "eps"
 
 
-@pytest.mark.parametrize("prediction", ["x0", "v", "flow"])
+@pytest.mark.parametrize("prediction", ["x0", "v", "flow", "edm"])
 def test_denoise_of_noise_alone_is_finite(prediction):
     """As zero_terminal_snr needs; eps says nothing of x0 there, and Config refuses it."""
     output = torch.randn(3, 2)

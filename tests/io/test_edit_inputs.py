@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddp.io.edit_inputs import check_edit, read_edit_inputs
+from ddp.io.edit_inputs import check_edit, grid_options, read_edit_inputs
 from ddp.options import SamplerOptions
 
 EVENT = (1, 8, 8)
@@ -66,3 +66,18 @@ def test_edit_that_inverts_takes_ddim_alone(sampler):
     with pytest.raises(ValueError, match="reconstruct"):
         check_edit(SamplerOptions(sampler=sampler), "reconstruct", "x.npy")
     assert check_edit(SamplerOptions(), "reconstruct", "x.npy").sampler in ("ddim", None)
+
+
+def test_samples_without_an_edit_are_64_and_of_points_more():
+    inputs, count, lines = read_edit_inputs(MODEL, {"steps": 20}, 20, 0, None, None)
+    assert (inputs.name, count, lines) == (None, 64, [])
+    points = SimpleNamespace(event=(2,))
+    assert read_edit_inputs(points, {"steps": 20}, 20, 0, None, None)[1] == 2000
+
+
+def test_classes_have_a_column_each_where_there_is_room():
+    assert grid_options(None, classes=["a", "b"]) == {"columns": 2, "captions": ["a", "b"]}
+    assert grid_options(None, classes=["a"]) == {}
+    assert grid_options(None, classes=["a"] * 21) == {}
+    assert "captions" not in grid_options("image", classes=["a", "b"])
+    assert grid_options("image")["titles"][1] == "given"

@@ -232,3 +232,23 @@ def test_save_animation_rests_on_the_last_frame(tmp_path):
         assert animation.info["loop"] == 0
         animation.seek(3)
         assert animation.info["duration"] == 2000
+
+
+def test_captions_stand_above_the_columns_and_empty_cells_are_white():
+    images = np.zeros((5, 1, 48, 48), np.uint8)
+    plain = np.asarray(figures.grid(images, columns=3))
+    captioned = np.asarray(figures.grid(images, columns=3, captions=["a", "bb", "c" * 90]))
+    top = figures.CAPTION_HEIGHT
+    assert (captioned[top:] == plain).all()
+    for column in range(3):  # each has a text of its own
+        assert (captioned[:top, column * 66 : (column + 1) * 66] != 255).any()
+    assert (plain[-40:, -40:] == 255).all()
+    assert (plain[-30:-10, 10:30] == 0).all()
+
+
+def test_what_was_given_stands_left_of_what_came_of_it():
+    items = np.zeros((1, 1, 48, 48), np.uint8)
+    given = np.full((1, 1, 48, 48), 255, np.uint8)
+    image = np.asarray(item_figures.draw_items(items, given, ("varied", "given"), given_first=True))
+    middle = image[len(image) // 2]
+    assert middle[:200].mean() > middle[-200:].mean()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ddp.io import progress
-from ddp.io.progress import Progress, plan
+from ddp.io.progress import Pace, Progress, plan
 
 
 class Terminal(io.StringIO):
@@ -63,3 +63,16 @@ def test_plan_says_what_a_length_in_minutes_came_to():
     text = plan(trainer)
     assert text.startswith("step 100 of 700, planned from 2 minutes at 100.0 ms a step;")
     assert plan(trainer) == "step 100 of 700"  # from then on
+
+
+def test_pace_tells_the_time_left_when_a_line_is_due(clock):
+    pace = Pace(start=10)
+    clock.now = 1.0
+    assert pace.time_left(20, 1010) is None  # too early
+    clock.now = 2.0
+    assert pace.time_left(30, 1030) == "about 2 min left"  # 20 in 2 s, 1,000 are left
+    assert pace.time_left(30, 1030) is None
+    clock.now = 6.0
+    assert pace.time_left(110, 410) == "about 18 s left"
+    clock.now = 1000.0
+    assert pace.time_left(410, 410) is None  # all is done

@@ -266,6 +266,8 @@ def test_sampler_options_tell_zero_from_not_given():
         ("train.py", "--no_such_flag", "no_such_flag"),
         ("train.py", "--ephocs 3", "did you mean --epochs"),
         ("generate.py", "--checkpoint a.pth --samlper ddim", "did you mean --sampler"),
+        ("generate.py", "--checkpoint a.pth --sampler dimm", "did you mean ddim"),
+        ("train.py", "--norm bach", "did you mean batch"),
         ("train.py", "--config config.json --resume auto", "config"),
         ("train.py", f"--max_steps {'9' * 400}", "max_steps"),
         ("train.py", f"--channel_mult 1,{'9' * 5000}", "channel_mult"),
