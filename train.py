@@ -47,7 +47,7 @@ def main(args):
     options = {name: overrides.pop(name, None) for name in names}
     new = options["resume"] and (options["config"] or overrides.get("init_from"))
     cli.reject_if((new, "resume: config and init_from are of new runs; leave them out"))
-    overrides, given = read_config(options["config"], overrides)
+    overrides, given = read_config(options["config"], overrides, cli.PLUGINS)
     init_from = overrides.pop("init_from", None)
     config, folder, path, state = on_main(resolve_run, overrides, options["resume"])
     if state:
@@ -77,7 +77,7 @@ def main(args):
         write_record(run.lock, config, dataset)
         trainer = build_trainer(config, dataset, device, state, print, weights)
         print(f"run: {shown_path(run.folder)}, {plan(trainer)}")
-        on_main(write_config, run.folder, given, trainer.config)
+        on_main(write_config, run.folder, given, trainer.config, cli.PLUGINS)
         return train_loop(trainer, run)
 
 

@@ -14,7 +14,7 @@ from ddp.reverse import UNet
 
 # dataset -> fields of Config of all its runs: their length, and what is predicted
 DATASETS = {
-    "digits": {"epochs": 100},
+    "digits": {"epochs": 100, "prediction": "x0"},  # the default of versions 0.5 and 0.6
     "mnist": {"max_steps": 1000, "prediction": "x0"},
     "cifar10": {"max_steps": 700, "prediction": "x0"},
     "swiss_roll": {"max_steps": 1500},
@@ -182,6 +182,7 @@ def quality(seeds=3):
     """Return what the defaults are chosen among."""
     changes = [
         {"prediction": "x0", "weighting": "min_snr"},
+        {"prediction": "edm", "weighting": "min_snr"},
         {"prediction": "v", "weighting": "min_snr"},
         {"prediction": "v", "weighting": "v"},
         {"prediction": "x0", "weighting": "v"},

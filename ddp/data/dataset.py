@@ -64,12 +64,12 @@ class Dataset:
         """Lines of text that say what was loaded."""
         shape = "x".join(map(str, self.event))
         counts = f"{len(self.train):,} train and {len(self.test):,} test items"
-        remark = "; without validation items, best.pth is chosen on test items"
+        remarks = [f"{self.name} has no validation items: best.pth is chosen on its test items"]
         if self.val is not None:
             counts = f"{len(self.train):,} train, {len(self.val):,} validation and "
             counts += f"{len(self.test):,} test items"
-            remark = ""
-        return [*self.summary, f"data: {self.name}, {counts}, {shape}{remark}"]
+            remarks = []
+        return [*self.summary, *remarks, f"data: {self.name}, {counts}, {shape}"]
 
     def __repr__(self):
         counts = f"{len(self.train):,} train, {0 if self.val is None else len(self.val):,} val, "

@@ -291,7 +291,8 @@ def test_describe_ends_with_the_sizes():
     lines = load_dataset("digits").describe()
     assert "1,437 train and 360 test items" in lines[-1]
     assert "1x8x8" in lines[-1]
-    assert "best.pth is chosen on test items" in lines[-1]
+    assert "best.pth is chosen on its test items" in lines[-2]
+    assert max(map(len, lines)) <= 80
     (line,) = load_dataset("moons").describe()
     assert line == "data: moons, 100,000 train, 5,000 validation and 10,000 test items, 2"
 

@@ -58,7 +58,24 @@ def test_a_resumed_run_keeps_what_was_given(file, config):
     assert json.loads(file.read_text())["given"] == {"size": "m", "max_steps": 9, "name": "mine"}
 
 
-@pytest.mark.parametrize("text", ["", "[3]", "{", '{"given": 3}', '{"given": {}, "chosen": []}'])
+def test_a_run_with_a_plugin_is_repeated_with_one(tmp_path, config):
+    write_config(tmp_path, {"lr": 0.5}, config, ["mine.py"])
+    assert read_config(tmp_path / NAME, {}, ["mine.py"])[1] == {"lr": 0.5}
+    with pytest.raises(ValueError, match=r"that run had plugin=mine\.py; give it, too$"):
+        read_config(tmp_path / NAME, {})
+
+
+NO_CONFIGS = [
+    "",
+    "[3]",
+    "{",
+    '{"given": 3}',
+    '{"given": {}, "chosen": []}',
+    '{"given": {}, "plugin": 3}',
+]
+
+
+@pytest.mark.parametrize("text", NO_CONFIGS)
 def test_what_is_no_config_is_refused(tmp_path, text):
     path = tmp_path / NAME
     path.write_text(text)
