@@ -85,8 +85,8 @@ def better_loss(keys):
 
 def find_better(keys):
     """Which is better of the results with such keys, those of flatten."""
-    better = known_metrics()[keys[0]].better
-    return better and better(keys)
+    metric = known_metrics().get(keys[0])  # None: of a plugin that is not here
+    return metric and metric.better and metric.better(keys)
 
 
 def feature_space_metric(space):
