@@ -109,8 +109,8 @@ def main(args):
     how = (shlex.join(["python", *sys.argv]), args.metrics is None, tell)
     with atomic_dir(out) as written:
         evaluation, stopped = measure_and_report(*what, written.folder, *how)
-    page = shown_path(written.path / "evaluation.html")
-    tell(f"\n{evaluation['seconds']:.0f} s, wrote {page}, and the figures beside it")
+    page, numbers = (shown_path(written.path / f"evaluation.{kind}") for kind in ("html", "json"))
+    tell(f"\n{evaluation['seconds']:.0f} s, wrote {page}, {numbers} and the figures beside them")
     if stopped:
         raise stopped
     return 0

@@ -70,9 +70,9 @@ def main(args):
     alone = alone or formats == ["npz"] or not is_main()
     reference, lines = (None, lines) if alone else data_to_compare(config, path, model.event)
     lines += choose_sampling_threads(model, args.batch_size, args.threads)
-    classes = [checkpoint["classes"][k] for k in labels or range(model.num_classes)]
-    shown = grid_options(edit["name"], args.mc_dropout, classes)
     total = args.num_samples or total
+    classes = [checkpoint["classes"][k] for k in labels or range(model.num_classes)]
+    shown = grid_options(edit["name"], args.mc_dropout, classes if len(classes) < total else ())
     if total <= args.batch_size * (world_size() - 1):
         line = f"batch_size={args.batch_size} leaves some of {world_size()} processes idle"
         lines = [*lines, f"{line}; a smaller one does not"]

@@ -64,9 +64,9 @@ def grid(images, columns=None, captions=()):
     captions: a text above each column, or none."""
     images = np.asarray(images)
     count, channels, height, width = images.shape
+    k, pitch_y, pitch_x = pitch(height, width) if columns else pitch(height, width, count)
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
-    k, pitch_y, pitch_x = pitch(height, width, count)
     top = CAPTION_HEIGHT if captions else 0
     canvas = Image.new("RGB", (columns * pitch_x + GAP, top + rows * pitch_y + GAP), "white")
     draw = ImageDraw.Draw(canvas)

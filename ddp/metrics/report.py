@@ -184,7 +184,8 @@ def measure_and_report(candidates, reference, metrics, options, folder, command,
     try:
         write_report(folder, finished, candidates, reference)
     finally:  # what cannot be written can be read here
-        tables = [table for table in side_by_side(finished) if table.title != LEVELS]
+        tables = side_by_side(finished)
+        tables = [table for table in tables if table.title != LEVELS] or tables
         tell("\n".join([*table_lines(tables), *last_lines(finished)]))
     return finished, stopped
 
