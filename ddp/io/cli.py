@@ -227,8 +227,12 @@ PLUGINS = []  # paths of those that were run
 
 
 def command_line(script, flag, path):
-    """Return the line that starts a script with a path, each from the current folder if it can."""
-    return shlex.join(["python", str(shown_path(script)), f"--{flag}", str(shown_path(path))])
+    """Return the line that starts a script with a path: short where the script lies in the current
+    folder, else one that works in any."""
+    script, path = Path(script).resolve(), Path(path).resolve()
+    if script.parent == Path.cwd():
+        script, path = script.name, shown_path(path)
+    return shlex.join(["python", str(script), f"--{flag}", str(path)])
 
 
 def with_breaks(arguments=None):

@@ -245,7 +245,8 @@ class RunWriter:
         text = f"stopped at step {trainer.step:,}, wrote {shown_path(path)}"
         exported = self.exported_step()
         if exported is not None:
-            text += f"; model.pth beside it is still that of step {exported:,}"
+            model = shown_path(self.folder / "model.pth")
+            text += f"; {model} is still that of step {exported:,}"
         return text
 
     def exported_step(self):

@@ -259,7 +259,7 @@ def test_same_seed_is_the_same_run_and_another_is_another():
 @pytest.fixture(scope="module")
 def trained():
     fields = {"lr": 1e-2, "lr_schedule": "constant", "batch_size": 4, "noise_copies": 1}
-    trainer = tiny_trainer(channels_base=16, **fields)
+    trainer = tiny_trainer(channels_base=16, prediction="x0", **fields)
     for _ in range(200):
         trainer.train_step(0.0)
     return trainer
@@ -338,7 +338,7 @@ def test_run_gone_wrong_is_told_from_one_that_learns(trained, has_best):
     trained.recalibrated_ema()
     loss = trained.val_loss()
     trained.best = loss if has_best else None
-    fresh = tiny_trainer(channels_base=16)
+    fresh = tiny_trainer(channels_base=16, prediction="x0")
     fresh.recalibrated_ema()
     assert not fresh.is_diverged(fresh.val_loss())
     assert not trained.is_diverged(loss)

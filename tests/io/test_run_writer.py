@@ -436,7 +436,7 @@ def test_samples_that_are_not_finite_do_not_end_the_run(tmp_path, monkeypatch):
     trainer = make_trainer("moons")
     run = RunWriter(tmp_path)
     run.log_step(trainer.train_step(0.0))
-    monkeypatch.setattr(run_writer, "sample", fail)
+    monkeypatch.setattr(run_writer, "picture", fail)
     line = run.write_samples(trainer)
     assert line == "step 1: samples are not finite yet, no image written"
     assert files_in(tmp_path) == {"log.csv", "loss.png", RECORD}

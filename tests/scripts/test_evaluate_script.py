@@ -74,14 +74,13 @@ def test_evaluate_measures_a_checkpoint(trained, tmp_path, name):
 
 def test_evaluate_writes_json_page_and_figures(trained, tmp_path):
     flags = ["--checkpoint", trained / "moons" / "last.pth", *FEW]
-    _, text = evaluated(*flags, cwd=tmp_path)
+    evaluated(*flags, cwd=tmp_path)
     figures = list((tmp_path / "e").glob("*.png"))
     page = (tmp_path / "e" / "evaluation.html").read_text()
     assert page.count("data:image/png") == len(figures) == 5
     assert "http" not in page
     for figure in figures:
         assert Image.open(figure).width > 100
-        assert str(figure) in text
     assert not list(tmp_path.glob(".*"))
 
 
@@ -198,7 +197,7 @@ def test_comparison_of_runs_that_call_their_models_alike(trained, tmp_path):
     assert names == ["first", "a/model", "b/model"]
     rows = {(row["subject"], row["path"]): row["difference"] for row in evaluation["comparison"]}
     assert rows["a/model", "loss/log-SNR 4.79/v"] is None  # samples have no loss to compare with
-    assert "loss/log-SNR 4.79/v" in text
+    assert "pixels/fd" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "e", "first.npy"]
     assert len(list((tmp_path / "e").glob("2-a_model-*.png"))) == 3
 

@@ -50,7 +50,7 @@ def test_generate_writes_every_format(trained, tmp_path):
     flags += ["--batch_size", 5, "--format", "png,grid,npz,gif", "--out", "s"]
     out = run("generate.py", *flags, cwd=tmp_path)
     folder = tmp_path / "s"
-    assert f"  {folder.name}/samples.npz" in out
+    assert f"  {folder.name}/000000.png" in out
     arrays = read_arrays(folder / "samples.npz")
     assert arrays["images"].shape == (12, 8, 8, 1)
     assert arrays["images"].dtype == np.uint8
@@ -58,7 +58,7 @@ def test_generate_writes_every_format(trained, tmp_path):
     for i in range(12):
         image = np.asarray(Image.open(folder / f"{i:06d}.png"))
         assert (image == arrays["images"][i, ..., 0]).all()
-    assert Image.open(folder / "process.gif").n_frames == 5
+    assert Image.open(folder / "process.gif").n_frames == 6
     assert Image.open(folder / "grid.png").width > 150
     assert "out" in refused("generate.py", *flags, cwd=tmp_path)  # it exists
 

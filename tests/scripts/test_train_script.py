@@ -110,7 +110,7 @@ def test_train_prints_data_network_run_and_what_comes_next(tmp_path):
     folder = tmp_path / "checkpoints" / "digits"
     assert "1,437 train and 360 test items" in out
     assert "parameters" in out
-    assert str(folder) in out
+    assert f"run: {folder.relative_to(tmp_path)}, step 0 of" in out
     assert f"--checkpoint {folder / 'model.pth'}" in out
 
 
@@ -310,7 +310,7 @@ def test_interrupted_resume_says_what_model_it_leaves(numbered, tmp_path, monkey
     folder = shutil.copytree(numbered, tmp_path / "a")
     interrupt_at(7, signal.SIGINT, monkeypatch)
     out = execute("train.py", "--resume", folder, "--max_steps", 9, cwd=tmp_path).out
-    assert f"{folder / 'model.pth'} is still that of step 5" in out
+    assert "a/model.pth is still that of step 5" in out
 
 
 def start(*flags, cwd):
@@ -373,7 +373,7 @@ def test_finished_run_says_how_to_go_on(numbered, tmp_path):
 
 def test_resume_auto_says_what_it_found_or_where_there_is_nothing(numbered, tmp_path):
     out = run("train.py", *SHORT, "--resume", "auto", "--out_dir", "runs", cwd=tmp_path)
-    assert f"nothing to resume in {tmp_path / 'runs'}: a new run" in out
+    assert "nothing to resume in runs: a new run" in out
     folder = shutil.copytree(numbered, tmp_path / "runs" / "b")
     (folder / "last.pth").touch()
     out = run("train.py", "--resume", "auto", "--out_dir", "runs", "--max_steps", 6, cwd=tmp_path)
@@ -545,7 +545,7 @@ def test_dry_run_reports_and_writes_two_figures(tmp_path):
     paths = list((tmp_path / "checkpoints").iterdir())
     assert len(paths) == 2
     for path in paths:
-        assert str(path) in out
+        assert str(path.relative_to(tmp_path)) in out
         assert Image.open(path).width > 150
 
 
@@ -781,7 +781,7 @@ def test_dataset_by_path_is_remembered_as_an_absolute_path(tmp_path):
 
 
 def test_shipped_digits_is_the_run_that_the_first_example_makes():
-    assert DIGITS.stat().st_size <= 2_000_000
+    assert DIGITS.stat().st_size <= 2_500_000
     _, config, state = load_model(DIGITS)
     chosen = (config.dataset, config.epochs, config.lr, config.batch_size)
     assert chosen == ("digits", 100, 1e-3, 128)
