@@ -17,11 +17,10 @@ from ddp.io.page import html_details, html_figures, html_list, html_page, write_
 from ddp.io.runs import differing_settings, recipe_differences
 from ddp.io.tables import Best, Table, digits_of, html_table, write_tables
 from ddp.metrics.evaluate import find_better
-from ddp.metrics.report import path_text
+from ddp.metrics.report import LEVELS, path_text
 from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings
 
 NOT_MEASURED = "no figures of samples; evaluate.py measures them"
-LEVELS = "loss/"  # the paths of losses by noise level, which have a table of their own
 BOLD = "bold: the best, and what is not told from it at 95%"
 
 
@@ -60,7 +59,7 @@ def comparison_tables(groups, bold):
     figures, levels = figure_rows(groups, bold and len(groups) > 1)
     head = ["", *names, "real items"]
     tables += [Table("figures", note, head, figures)] if figures else []
-    tables += [Table("test loss by noise level", "as above", head[:-1], levels)] if levels else []
+    tables += [Table(LEVELS, "as above", head[:-1], levels)] if levels else []
     return tables
 
 
@@ -77,7 +76,9 @@ def run_rows(groups):
         minutes = f"{fmean(seconds) / 60:.1f}" if seconds else ""
         loss = spread_text(losses, [None] * len(losses))
         first = group.runs[0]
-        rows.append([f"{len(group.runs)}", first.network, f"{first.step:,}", minutes, loss])
+        steps = [run.step for run in group.runs]
+        steps = " to ".join(f"{step:,}" for step in sorted({min(steps), max(steps)}))
+        rows.append([f"{len(group.runs)}", first.network, steps, minutes, loss])
     names = ("trainings", "network", "steps", "minutes of training", "loss of held-out items")
     return [[name, *cells] for name, *cells in zip(names, *rows, strict=True)]
 
@@ -105,7 +106,7 @@ def figure_rows(groups, bold):
         for i in best_of(estimates, find_better(path.split("/"))) if bold else ():
             cells[i] = Best(cells[i])
         row = [path_text(path), *cells]
-        if path.startswith(LEVELS):
+        if path.startswith("loss/"):  # by noise level, thirty rows
             levels.append(row)
         else:
             figures.append([*row, figure_text([real[path]] if path in real else None)])
@@ -175,14 +176,14 @@ def newest_samples(groups):
 def page(groups, tables, charts, warnings, command):
     """The comparison as one HTML page."""
     titled = {table.title: html_table(table) for table in tables}
-    levels = titled.pop("test loss by noise level", None)
+    levels = titled.pop(LEVELS, None)
     order = ("figures", "settings that differ", "runs")
     body = [html_list(warnings)] if warnings else []
     body += [titled[title] for title in order if title in titled]
     shown = {f"loss of held-out items over {name}": chart for name, chart in charts.items()}
     body.append(html_figures(shown | newest_samples(groups)))
     if levels:
-        body.append(html_details("losses by noise level", levels))
+        body.append(html_details(LEVELS, levels))
     count = sum(len(group.runs) for group in groups)
     return html_page(
         " and ".join(group.name for group in groups),

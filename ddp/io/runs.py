@@ -15,7 +15,9 @@ from ddp.metrics.comparison import NOT_COMPARED, flatten
 from ddp.metrics.subjects import distinct_paths, matches, parse_subject
 
 PLACES = {"dataset", "data_dir", "out_dir", "labels", "cache"}  # of this machine
-OF_ONE_RUN = {"seed", "name", "device", "threads"}  # in which trainings of a group may differ
+# in which trainings of a group may differ: what changes no result but by chance
+OF_ONE_RUN = {"seed", "name", "device", "threads", "planned_steps"}
+OF_ONE_RUN |= {"tensorboard", "keep_checkpoints", "sample_every"}
 RECIPE = ("num_samples", "reference", "baseline_items", "vlb_items", "nll_items", "unit", "seed")
 HOW_SAMPLED = ("sampler", "steps", "weights")
 
@@ -85,6 +87,7 @@ def read_run(path, name=None):
     if figures:
         recipe = {key: evaluation["recipe"].get(key) for key in RECIPE}
         recipe |= {key: subject["about"].get(key) for key in HOW_SAMPLED}
+        recipe["data"] = evaluation.get("dataset", {}).get("fingerprint")
     return Run(
         name,
         checkpoint,

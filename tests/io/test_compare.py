@@ -91,6 +91,24 @@ def test_of_one_training_the_error_is_that_of_its_samples(tmp_path):
     assert "other seeds were not trained" in figures.note
 
 
+def test_runs_of_so_many_minutes_are_pooled_though_their_steps_differ(tmp_path):
+    length = {"max_steps": None, "max_minutes": 10.0}
+    make_run(tmp_path / "a", 0, planned_steps=100, **length)
+    make_run(tmp_path / "b", 1, planned_steps=101, **length)
+    (group,) = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
+    assert len(group.runs) == 2
+
+
+def test_figures_of_other_data_do_not_compare(tmp_path):
+    for name, data in (("a", "digits"), ("b", "moons")):
+        folder = make_run(tmp_path / name, 0, 1.0, lr=len(data) / 100)
+        path = folder / "last-evaluation" / "evaluation.json"
+        evaluation = json.loads(path.read_text()) | {"dataset": {"fingerprint": data}}
+        path.write_text(json.dumps(evaluation))
+    runs = read_runs([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert recipe_differences(runs) == ["the figures do not compare: data differs (digits, moons)"]
+
+
 @pytest.mark.parametrize(
     ("values", "direction", "best"),
     [
