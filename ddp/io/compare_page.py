@@ -14,14 +14,14 @@ from PIL import Image
 from ddp.io.figures import overlaid_losses, save_png, to_pil
 from ddp.io.files import atomic_dir, atomic_write
 from ddp.io.page import html_details, html_figures, html_list, html_page, write_html
-from ddp.io.runs import differing_settings, recipe_differences
+from ddp.io.runs import differing_settings, loss_differences, recipe_differences
 from ddp.io.tables import Best, Table, digits_of, html_table, write_tables
 from ddp.metrics.evaluate import find_better
 from ddp.metrics.report import LEVELS, path_text
 from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings
 
 NOT_MEASURED = "no figures of samples; evaluate.py measures them"
-BOLD = "bold: the best, and what is not told from it at 95%"
+BOLD = "bold: the best, and what is not told from it at 95%, where anything is"
 
 
 def write_comparison(groups, out, command):
@@ -32,6 +32,7 @@ def write_comparison(groups, out, command):
     warnings = recipe_differences(runs)
     warnings += [] if any(run.figures for run in runs) else [NOT_MEASURED]
     tables = comparison_tables(groups, bold=not warnings)
+    warnings += loss_differences(groups)
     charts = loss_charts(groups)
     with atomic_dir(out) as written:
         for name, chart in charts.items():
@@ -55,6 +56,7 @@ def comparison_tables(groups, bold):
     note = "± is the standard error of the samples; other seeds were not trained"
     if max(counts) > 1:
         note = "mean ± standard deviation between trainings; of one training the standard error"
+    note += "; real items in the place of samples ± standard error"
     note += f"; {BOLD}" if bold and len(groups) > 1 else ""
     figures, levels = figure_rows(groups, bold and len(groups) > 1)
     head = ["", *names, "real items"]
@@ -121,7 +123,7 @@ def figure_text(estimates):
 
 
 def best_of(estimates, direction):
-    """The indices of the groups that are best, or cannot be told from it, at 95%.
+    """The indices of the groups that are best, or cannot be told from it, at 95%; [] if all are.
 
     estimates: of each group a list, or None; direction: "lower", "higher", None: neither."""
     known = [i for i, each in enumerate(estimates) if each]
@@ -130,7 +132,8 @@ def best_of(estimates, direction):
     sign = 1 if direction == "lower" else -1
     means = {i: sign * fmean(each["value"] for each in estimates[i]) for i in known}
     best = min(known, key=means.get)
-    return [i for i in known if i == best or not told_apart(estimates[best], estimates[i])]
+    ties = [i for i in known if i == best or not told_apart(estimates[best], estimates[i])]
+    return ties if len(ties) < len(known) or len(known) == 1 else []
 
 
 def told_apart(first, second):

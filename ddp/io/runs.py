@@ -19,6 +19,7 @@ PLACES = {"dataset", "data_dir", "out_dir", "labels", "cache"}  # of this machin
 OF_ONE_RUN = {"seed", "name", "device", "threads", "planned_steps"}
 OF_ONE_RUN |= {"tensorboard", "keep_checkpoints", "sample_every"}
 RECIPE = ("num_samples", "reference", "baseline_items", "vlb_items", "nll_items", "unit", "seed")
+OF_THE_LOSS = {"dataset", "schedule", "shift", "timesteps", "noise_dist", "weighting", "loss"}
 HOW_SAMPLED = ("sampler", "steps", "weights")
 
 
@@ -165,6 +166,12 @@ def differing_settings(groups):
     names = [name for name in parts[0] if name not in OF_ONE_RUN]
     rows = {name: [part.get(name) for part in parts] for name in names}
     return {name: values for name, values in rows.items() if any(v != values[0] for v in values)}
+
+
+def loss_differences(groups):
+    """Lines that say in what the losses of groups differ, so that their curves do not compare."""
+    names = [name for name in differing_settings(groups) if name in OF_THE_LOSS]
+    return [f"the losses do not compare: {', '.join(names)} differs"] if names else []
 
 
 def recipe_differences(runs):

@@ -13,7 +13,14 @@ from ddp.data import load_dataset
 from ddp.io.checkpoint import checkpoint_state, write_checkpoint
 from ddp.io.compare_page import best_of, comparison_tables, write_comparison
 from ddp.io.files import file_digest
-from ddp.io.runs import find_evaluation, group_runs, read_run, read_runs, recipe_differences
+from ddp.io.runs import (
+    find_evaluation,
+    group_runs,
+    loss_differences,
+    read_run,
+    read_runs,
+    recipe_differences,
+)
 from ddp.io.tables import Best
 from ddp.training import Trainer
 
@@ -87,7 +94,7 @@ def test_of_one_training_the_error_is_that_of_its_samples(tmp_path):
     *_, figures, _ = comparison_tables(groups, bold=True)
     assert figures.rows[0] == ["points/fd ↓", "1.000 ± 0.010", "1.500 ± 0.010", "0.250 ± 0.010"]
     assert [isinstance(cell, Best) for cell in figures.rows[0]] == [False, True, False, False]
-    assert [isinstance(cell, Best) for cell in figures.rows[1][1:3]] == [True, True]  # a tie
+    assert [isinstance(cell, Best) for cell in figures.rows[1][1:3]] == [False, False]  # a tie
     assert "other seeds were not trained" in figures.note
 
 
@@ -97,6 +104,14 @@ def test_runs_of_so_many_minutes_are_pooled_though_their_steps_differ(tmp_path):
     make_run(tmp_path / "b", 1, planned_steps=101, **length)
     (group,) = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
     assert len(group.runs) == 2
+
+
+def test_losses_of_another_weighting_do_not_compare(tmp_path):
+    make_run(tmp_path / "a", 0, weighting="snr", prediction="v")
+    make_run(tmp_path / "b", 0, weighting="min_snr", prediction="v")
+    groups = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
+    assert loss_differences(groups) == ["the losses do not compare: weighting differs"]
+    assert loss_differences(groups[:1]) == []
 
 
 def test_figures_of_other_data_do_not_compare(tmp_path):
@@ -114,7 +129,7 @@ def test_figures_of_other_data_do_not_compare(tmp_path):
     [
         ([[1.0, 1.1], [2.0, 2.1]], "lower", [0]),
         ([[1.0, 1.1], [2.0, 2.1]], "higher", [1]),
-        ([[1.0, 2.0], [1.2, 2.1]], "lower", [0, 1]),  # they overlap
+        ([[1.0, 2.0], [1.2, 2.1]], "lower", []),  # they overlap
         ([[1.0, 1.1], None, [2.0, 2.1]], "higher", [2]),
         ([[1.0], [1.01], [1.2]], "lower", [0, 1]),  # by the errors of samples, 0.01
         ([[1.0, 1.1], [2.0, 2.1]], None, []),
