@@ -16,7 +16,7 @@ from ddp.io.tables import table_lines
 
 
 def parse(arguments=None):
-    parser = cli.make_parser(__doc__, prog="-m ddp.compare")
+    parser = cli.make_parser(__doc__, "RUN RUN ... ", prog="-m ddp.compare")
     help = "folders of runs, or checkpoints; NAME=PATH to call it so; with * all that match"
     parser.add_argument("runs", nargs="+", type=cli.path, metavar="RUN", help=help)
     add_flag(parser, "out", type=cli.path, help="a new folder (default: comparison)")

@@ -12,7 +12,7 @@ from ddp.io.files import shown_path
 
 
 def parse(arguments=None):
-    parser = cli.make_parser(__doc__, prog="-m ddp.export")
+    parser = cli.make_parser(__doc__, "CHECKPOINT ", prog="-m ddp.export")
     help = "a checkpoint, a run's folder, or a URL"
     parser.add_argument("checkpoint", type=cli.path, help=help)
     add_flag(parser, "out", type=cli.path, help="a new folder (default: beside the checkpoint)")

@@ -8,7 +8,7 @@ from ddp.io.download import locate
 
 
 def parse(arguments=None):
-    parser = cli.make_parser(__doc__, prog="-m ddp.inspect")
+    parser = cli.make_parser(__doc__, "CHECKPOINT ", prog="-m ddp.inspect")
     help = "a checkpoint, a run's folder, or a URL"
     parser.add_argument("checkpoint", type=cli.path, help=help)
     cli.add_plugin_flag(parser)

@@ -70,13 +70,18 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {' '.join(unknown)}{hints}")
         return parsed
 
+    def error(self, message):
+        """Say what is wrong with the flags, and leave with code 2."""
+        self.print_usage(sys.stderr)
+        self.exit(2, f"{self.prog.removeprefix('-m ')}: error: {message}\n")
 
-def make_parser(description, **options):
-    """Return a Parser for a script."""
+
+def make_parser(description, given="", **options):
+    """Return a Parser for a script; given: what stands before the flags, such as "RUN "."""
     return Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="python %(prog)s [flags]; --help lists them",
+        usage=f"python %(prog)s {given}[flags]; --help lists them",
         allow_abbrev=False,
         **options,
     )

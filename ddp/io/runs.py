@@ -12,7 +12,7 @@ from ddp.io.describe import network_text
 from ddp.io.files import RUN_MODELS, file_digest, find_checkpoint
 from ddp.io.run_log import read_log
 from ddp.metrics.comparison import NOT_COMPARED, flatten
-from ddp.metrics.subjects import distinct_paths, matches, parse_subject
+from ddp.metrics.subjects import NAMELESS, distinct_paths, matches, parse_subject
 
 PLACES = {"dataset", "data_dir", "out_dir", "labels", "cache"}  # of this machine
 # in which trainings of a group may differ: what changes no result but by chance
@@ -155,8 +155,10 @@ def group_runs(runs):
     names = distinct_paths([[str(run.path) for run in members] for members in groups.values()])
     named = []
     for name, members in zip(names, groups.values(), strict=True):
-        given = {run.name for run in members} - {None}
-        named.append(Group(" and ".join(sorted(given)) or name, members))
+        given = sorted({run.name for run in members} - {None})
+        if name == NAMELESS:  # what they share of their paths is nothing
+            name = f"{members[0].path.parent.name} and {len(members) - 1} more"
+        named.append(Group(" and ".join(given) or name, members))
     return named
 
 
@@ -171,7 +173,7 @@ def differing_settings(groups):
 def loss_differences(groups):
     """Lines that say in what the losses of groups differ, so that their curves do not compare."""
     names = [name for name in differing_settings(groups) if name in OF_THE_LOSS]
-    return [f"the losses do not compare: {', '.join(names)} differs"] if names else []
+    return [f"the losses do not compare: other {', '.join(names)}"] if names else []
 
 
 def recipe_differences(runs):

@@ -16,6 +16,7 @@ from ddp.metrics.candidate import Candidate, checkpoint_candidate
 from ddp.options import SamplerOptions
 
 BREAK = "--"  # between groups
+NAMELESS = "group"  # whose paths share nothing
 
 
 @dataclass
@@ -118,7 +119,7 @@ def distinct_paths(groups):
 
     It is "a" of a/0/model.pth and a/1/model.pth, and of runs/a-0 and runs/a-1; "x/0" and "y/0" of
     x/0/model.pth alone and y/0/model.pth alone."""
-    shared = [shared_path(paths).parts or ("group",) for paths in groups]
+    shared = [shared_path(paths).parts or (NAMELESS,) for paths in groups]
     for count in range(1, max(map(len, shared))):  # parts of a name
         names = ["/".join(parts[-count:]) for parts in shared]
         if len({*names}) == len({*shared}):

@@ -110,7 +110,7 @@ def test_losses_of_another_weighting_do_not_compare(tmp_path):
     make_run(tmp_path / "a", 0, weighting="snr", prediction="v")
     make_run(tmp_path / "b", 0, weighting="min_snr", prediction="v")
     groups = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
-    assert loss_differences(groups) == ["the losses do not compare: weighting differs"]
+    assert loss_differences(groups) == ["the losses do not compare: other weighting"]
     assert loss_differences(groups[:1]) == []
 
 

@@ -3,7 +3,8 @@
 from helpers import execute, run
 
 
-def test_runs_side_by_side(trained, tmp_path):
+def test_runs_side_by_side(trained, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     flags = ["--max_steps", 2, "--channels_base", 8, "--out_dir", "."]
     run("train.py", *flags, "--seed", 1, cwd=tmp_path)
     run("train.py", *flags, "--seed", 2, "--name", "again", cwd=tmp_path)
@@ -11,6 +12,7 @@ def test_runs_side_by_side(trained, tmp_path):
     out = run("ddp.compare.py", "digits", "again", "fast", cwd=tmp_path)
     assert "wrote comparison: comparison.html; tables.md, .tex and .csv for a paper" in out
     lines = [line.split() for line in out.splitlines()]
+    assert ["digits", "and", "1", "more", "fast"] in lines
     assert ["trainings", "2", "1"] in lines
     assert ["lr", "0.001", "0.002"] in lines
     assert "warning: no figures of samples; evaluate.py measures them" in out
