@@ -28,10 +28,7 @@ def parse(arguments=None):
     parser = cli.make_parser(__doc__)
     add_flag(parser, "checkpoint", type=cli.path, required=True, help="a checkpoint, run, or URL")
     add_flag(
-        parser,
-        "num_samples",
-        type=int,
-        help="default: 64 (points: 2000), or one for each edited item",
+        parser, "num_samples", type=int, help="default: 64, 2000 points, or all that is edited"
     )
     add_flag(parser, "out", type=cli.path, help="a new folder, or a file .png, .npz or .gif")
     add_flag(parser, "format", help=f"some of {','.join(FORMATS)} (default: grid)")
@@ -72,7 +69,8 @@ def main(args):
     lines += choose_sampling_threads(model, args.batch_size, args.threads)
     total = args.num_samples or total
     classes = [checkpoint["classes"][k] for k in labels or range(model.num_classes)]
-    shown = grid_options(edit["name"], args.mc_dropout, classes if len(classes) < total else ())
+    in_columns = model.is_image and len(classes) < total
+    shown = grid_options(edit["name"], args.mc_dropout, classes if in_columns else ())
     if total <= args.batch_size * (world_size() - 1):
         line = f"batch_size={args.batch_size} leaves some of {world_size()} processes idle"
         lines = [*lines, f"{line}; a smaller one does not"]

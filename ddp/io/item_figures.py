@@ -42,7 +42,7 @@ def draw_items(
     columns=None,  # of a grid
     like=None,  # the items that fix scales and axes; default: the reference, or the items
     own_scale=False,  # of images: each side has a scale of its own
-    captions=(),  # above the columns of a grid of images
+    captions=(),  # above the columns of a grid of images; the reference has none
     given_first=False,  # the reference stands left of the items
 ):
     """Return a PIL image of items: a grid, lines or a scatter, left of a reference if any."""
@@ -51,11 +51,12 @@ def draw_items(
     if own_scale and len(sets) > 1 and sets[1].shape[1] == 1:
         low, high = (float(end[0]) for end in channel_range(sets[1]))
         titles = (titles[0], f"{titles[1]} ({low:.2g} to {high:.2g})")
+    texts = (captions, ())
     if given_first and len(sets) > 1 and sets[0].ndim > 2:
-        sets, titles = sets[::-1], titles[::-1]
+        sets, titles, texts = sets[::-1], titles[::-1], texts[::-1]
     if sets[0].ndim == 4:
         shown = [displayed(each, each if own_scale else like) for each in sets]
-        grids = [grid(each, columns, captions) for each in shown]
+        grids = [grid(each, columns, text) for each, text in zip(shown, texts, strict=False)]
         titles = [with_channels(title, items.shape[1], MAX_TILES) for title in titles]
         return side_by_side(grids, titles) if len(grids) > 1 else grids[0]
     if sets[0].ndim == 3:

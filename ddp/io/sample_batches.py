@@ -42,7 +42,8 @@ def picture(model, seed, classes=(), dataset=None):
         labels = None if label is None else label[part]
         x0 = sample(model, part, seed, labels, **options)  # (B, *event)
         parts.append(to_data(x0, model.units).cpu())
-    shown = grid_options(None, classes=classes if model.num_classes else ())
+    in_columns = model.is_image and model.num_classes
+    shown = grid_options(None, classes=classes if in_columns else ())
     reference = None if model.is_pixels or dataset is None else dataset.shown(count)
     return draw_items(torch.cat(parts), reference, **shown)
 

@@ -252,3 +252,13 @@ def test_what_was_given_stands_left_of_what_came_of_it():
     image = np.asarray(item_figures.draw_items(items, given, ("varied", "given"), given_first=True))
     middle = image[len(image) // 2]
     assert middle[:200].mean() > middle[-200:].mean()
+
+
+def test_captions_are_of_the_samples_alone():
+    items = np.zeros((4, 1, 48, 48), np.uint8)
+    options = {"columns": 2, "captions": ("a", "b")}
+    both = np.asarray(item_figures.draw_items(items, items, **options))
+    top = both[figures.MARGIN + figures.MARGIN // 2 :][: figures.CAPTION_HEIGHT]  # below the titles
+    half = both.shape[1] // 2
+    assert (top[:, half:] == figures.GAP_COLOR).any()  # the reference begins here
+    assert not (top[:, :half] == figures.GAP_COLOR).all(axis=2).any()
