@@ -50,7 +50,11 @@ def main(args):
     sampler = check_edit(cli.sampler_options(args), **edit)
     path, beside = locate(args.checkpoint, loading_bar)
     out, formats = parse_output(args.out, args.format, beside)
-    cli.reject_if((args.mc_dropout and "gif" in formats, "mc_dropout has no format=gif"))
+    of_states = {"gif", "strip"} & {*formats}
+    cli.reject_if(
+        (args.mc_dropout and of_states, f"mc_dropout has no format={','.join(of_states)}"),
+        (edit["name"] == "interpolate" and "strip" in formats, "interpolate has no format=strip"),
+    )
     device = select_device(args.device)
     set_tf32(False)
     model, config, checkpoint = load_model(path, args.weights, device)
@@ -69,7 +73,7 @@ def main(args):
     lines += choose_sampling_threads(model, args.batch_size, args.threads)
     total = args.num_samples or total
     classes = [checkpoint["classes"][k] for k in labels or range(model.num_classes)]
-    in_columns = model.is_image and len(classes) < total
+    in_columns = model.is_image and len(classes) <= total
     shown = grid_options(edit["name"], args.mc_dropout, classes if in_columns else ())
     if total <= args.batch_size * (world_size() - 1):
         line = f"batch_size={args.batch_size} leaves some of {world_size()} processes idle"

@@ -10,24 +10,26 @@ from ddp.forward import SIGMA_DATA, alpha_sigma
 from ddp.reverse import NETWORKS
 from ddp.schedule import Schedule, lookup
 
-# What the network predicts: (alpha, sigma) -> c_skip, c_out of x0_hat = c_skip x_t + c_out F, where
-# F is the network's output. Salimans & Ho 2022, section 4 and appendix D; `flow` is the velocity
-# eps - x0 of rectified flow (Liu et al. 2022, eq. 1). `edm` is the preconditioning of Karras et al.
-# 2022, eq. 7 and table 1, of their x_t / alpha with noise sigma / alpha: x0 under much noise, while
-# near the data x0_hat leans on x_t, as of v, which is the same with SIGMA_DATA = 1.
-PREDICTIONS = {
-    "x0": lambda alpha, sigma: (0.0, 1.0),
-    "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
-    "v": lambda alpha, sigma: (alpha, -sigma),
-    "flow": lambda alpha, sigma: (1 / (alpha + sigma), -sigma / (alpha + sigma)),
-    "edm": lambda alpha, sigma: edm_coefficients(alpha, sigma),
-}
-
 
 def edm_coefficients(alpha, sigma):
     """Return c_skip and c_out of EDM's preconditioning (Karras et al. 2022, table 1)."""
     variance = (alpha * SIGMA_DATA) ** 2 + sigma**2  # of x_t
     return alpha * SIGMA_DATA**2 / variance, sigma * SIGMA_DATA / variance.sqrt()
+
+
+# What the network predicts: (alpha, sigma) -> c_skip, c_out of x0_hat = c_skip x_t + c_out F, where
+# F is the network's output. Salimans & Ho 2022, section 4 and appendix D; `flow` is the velocity
+# eps - x0 of rectified flow (Liu et al. 2022, eq. 1). `edm` has c_skip and c_out of Karras et al.
+# 2022, table 1, of their x_t / alpha with noise sigma / alpha: x0 under much noise, while near the
+# data x0_hat leans on x_t. With SIGMA_DATA = 1 it is v but for the sign of F. The network gets x_t
+# and log_snr as always, not scaled by their c_in.
+PREDICTIONS = {
+    "x0": lambda alpha, sigma: (0.0, 1.0),
+    "eps": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
+    "v": lambda alpha, sigma: (alpha, -sigma),
+    "flow": lambda alpha, sigma: (1 / (alpha + sigma), -sigma / (alpha + sigma)),
+    "edm": edm_coefficients,
+}
 
 
 class DiffusionModel(nn.Module):
@@ -84,7 +86,7 @@ class DiffusionModel(nn.Module):
         label=None,  # (B,), or None
         augment=None,  # (B, num_augment): how x0 was augmented; None: not at all
     ):
-        """Return x0_hat, (B, *event): v-, eps-, x0- or flow-prediction becomes x0 here.
+        """Return x0_hat, (B, *event): whatever is predicted becomes x0 here.
 
         In the dtype of x_t, whatever the network computes in. Of an eps-model the error of the
         output counts sigma / alpha times in x0_hat: in bfloat16 that is 0.1 at log_snr = -8."""

@@ -45,9 +45,10 @@ DRAWERS = [
     *("io.run_lock", "io.run_dir", "io.sample_batches", "io.run_page", "io.board"),
     "io.run_writer",
     *("io.progress", "io.setup"),
+    *("io.spelling", "io.config_file"),
     *("io.runs", "io.compare_page", "io.card", "io.export"),
-    *("io.writer", "io.diagnostics", "io.terminal", "io.spelling"),
-    *("io.config_file", "io.cli"),
+    *("io.writer", "io.diagnostics", "io.terminal"),
+    "io.cli",
 ]
 COMMANDS = ["inspect", "export", "compare"]  # python -m ddp.inspect: thin, as SCRIPTS are
 ORDER = CORE + DRAWERS + COMMANDS

@@ -105,7 +105,9 @@ def figure_lines(checkpoint):
     try:
         rows = figure_rows(subject)
         recipe = evaluation.get("recipe", {})
+        about = subject.get("about", {})
         real = f"{recipe.get('num_samples')} samples, {recipe.get('reference')} items"
+        real += f"; sampled by {about.get('sampler')} in {about.get('steps')} steps"
     except (ValueError, LookupError, TypeError, AttributeError):  # anybody's file
         return unknown
     if not rows:

@@ -4,6 +4,7 @@ A figure of several trainings is their mean ± standard deviation; of one traini
 error, which holds the samples alone.
 """
 
+import contextlib
 import math
 from functools import partial
 from statistics import fmean, stdev
@@ -11,14 +12,15 @@ from statistics import fmean, stdev
 import numpy as np
 from PIL import Image
 
+from ddp.data.files import counted
 from ddp.io.figures import overlaid_losses, save_png, to_pil
 from ddp.io.files import atomic_dir, atomic_write
 from ddp.io.page import html_details, html_figures, html_list, html_page, write_html
-from ddp.io.runs import differing_settings, loss_differences, recipe_differences
+from ddp.io.runs import differing_settings, loss_differences, recipe_differences, unmeasured
 from ddp.io.tables import Best, Table, digits_of, html_table, write_tables
 from ddp.metrics.evaluate import find_better
 from ddp.metrics.report import LEVELS, path_text
-from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings
+from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings, t_quantile
 
 NOT_MEASURED = "no figures of samples; evaluate.py measures them"
 BOLD = "bold: the best, and what is not told from it at 95%, where anything is"
@@ -32,7 +34,7 @@ def write_comparison(groups, out, command):
     warnings = recipe_differences(runs)
     warnings += [] if any(run.figures for run in runs) else [NOT_MEASURED]
     tables = comparison_tables(groups, bold=not warnings)
-    warnings += loss_differences(groups)
+    warnings += [*unmeasured(groups), *loss_differences(groups)]
     charts = loss_charts(groups)
     with atomic_dir(out) as written:
         for name, chart in charts.items():
@@ -61,7 +63,7 @@ def comparison_tables(groups, bold):
     figures, levels = figure_rows(groups, bold and len(groups) > 1)
     head = ["", *names, "real items"]
     tables += [Table("figures", note, head, figures)] if figures else []
-    tables += [Table(LEVELS, "as above", head[:-1], levels)] if levels else []
+    tables += [Table(LEVELS, note, head[:-1], levels)] if levels else []
     return tables
 
 
@@ -133,18 +135,23 @@ def best_of(estimates, direction):
     means = {i: sign * fmean(each["value"] for each in estimates[i]) for i in known}
     best = min(known, key=means.get)
     ties = [i for i in known if i == best or not told_apart(estimates[best], estimates[i])]
-    return ties if len(ties) < len(known) or len(known) == 1 else []
+    return ties if len(ties) < len(known) else []
 
 
 def told_apart(first, second):
-    """Whether two groups of estimates differ: by Welch's test over trainings or, where one has a
-    single training, by the errors of their samples."""
+    """Whether two groups of estimates differ: by Welch's test over trainings; one training against
+    some, by their spread; two single ones, by the errors of their samples, if these are known."""
     values = [[each["value"] for each in estimates] for estimates in (first, second)]
-    if min(map(len, values)) > 1:
+    few, many = sorted(values, key=len)
+    difference = abs(fmean(few) - fmean(many))
+    if len(few) > 1:
         low, high = difference_of_trainings(*values)["interval"]
         return not low <= 0 <= high
-    errors = [each[0]["error"] or 0 for each in (first, second)]
-    return abs(fmean(values[0]) - fmean(values[1])) > NORMAL_95 * math.hypot(*errors)
+    if len(many) > 1:  # one more training of the same kind lies so near
+        reach = t_quantile(0.975, len(many) - 1) * stdev(many) * math.sqrt(1 + 1 / len(many))
+        return difference > reach
+    errors = [estimates[0]["error"] for estimates in (first, second)]
+    return None not in errors and difference > NORMAL_95 * math.hypot(*errors)
 
 
 def loss_charts(groups):
@@ -157,7 +164,7 @@ def loss_charts(groups):
                 continue
             step, loss = np.array(run.val_losses).T  # (N,) each
             by_step.setdefault(group.name, []).append((step, loss))
-            if run.seconds:
+            if run.seconds and run.step:
                 minutes = step * run.seconds / run.step / 60
                 by_minute.setdefault(group.name, []).append((minutes, loss))
     charts = {"steps": (by_step, "step"), "minutes": (by_minute, "minutes of training")}
@@ -169,10 +176,10 @@ def newest_samples(groups):
     images = {}
     for group in groups:
         folder = group.runs[0].path.parent / "samples"
-        for path in sorted(folder.glob("step_*.png"))[-1:]:
-            step = int(path.stem.removeprefix("step_"))
-            with Image.open(path) as image:
-                images[f"{group.name}: samples at step {step:,}"] = image.convert("RGB")
+        for path in sorted(folder.glob("step_????????.png"))[-1:]:
+            caption = f"{group.name}: samples at step {path.stem.removeprefix('step_').lstrip('0')}"
+            with contextlib.suppress(OSError), Image.open(path) as image:
+                images[caption] = image.convert("RGB")
     return images
 
 
@@ -190,7 +197,7 @@ def page(groups, tables, charts, warnings, command):
     count = sum(len(group.runs) for group in groups)
     return html_page(
         " and ".join(group.name for group in groups),
-        f"{count} trainings, of which those that differ in their seed alone stand together.",
+        f"{counted(count, 'training')}; those that differ in their seed alone stand together.",
         body,
         command,
         {group.name: group.runs[0].settings for group in groups},

@@ -86,7 +86,8 @@ def grid(images, columns=None, captions=()):
 
 
 def fitting(text, font, width):
-    """Return as much of a text as fits into a width, in pixels."""
+    """Return as much of a text as fits into a width, in pixels, on one line."""
+    text = " ".join(text.split())
     while text and font.getlength(text) > width:
         text = text[:-1]
     return text

@@ -4,23 +4,36 @@ Runs that differ in their seed alone are trainings of one Group.
 """
 
 import json
+import math
+from collections import Counter
 from dataclasses import asdict, dataclass
+from glob import escape
 from pathlib import Path
 
 from ddp.io.checkpoint import parse_config, read_checkpoint
+from ddp.io.config_file import read_json
 from ddp.io.describe import network_text
 from ddp.io.files import RUN_MODELS, file_digest, find_checkpoint
 from ddp.io.run_log import read_log
 from ddp.metrics.comparison import NOT_COMPARED, flatten
-from ddp.metrics.subjects import NAMELESS, distinct_paths, matches, parse_subject
+from ddp.metrics.subjects import distinct_paths, matches, parse_subject
 
-PLACES = {"dataset", "data_dir", "out_dir", "labels", "cache"}  # of this machine
+PLACES = {"dataset", "data_dir", "out_dir", "cache"}  # of this machine
 # in which trainings of a group may differ: what changes no result but by chance
-OF_ONE_RUN = {"seed", "name", "device", "threads", "planned_steps"}
-OF_ONE_RUN |= {"tensorboard", "keep_checkpoints", "sample_every"}
-RECIPE = ("num_samples", "reference", "baseline_items", "vlb_items", "nll_items", "unit", "seed")
-OF_THE_LOSS = {"dataset", "schedule", "shift", "timesteps", "noise_dist", "weighting", "loss"}
-HOW_SAMPLED = ("sampler", "steps", "weights")
+OF_ONE_RUN = {"seed", "name", "device", "threads", "planned_steps", "compile", "tensorboard"}
+OF_ONE_RUN |= {"save_every", "sample_every", "keep_checkpoints", "checkpoint_activations", "reduce"}
+OF_THE_LOSS = {"dataset", "data", "class_cond", "schedule", "shift", "timesteps", "loss"}
+OF_THE_LOSS |= {"zero_terminal_snr", "noise_dist", "weighting"}
+# what of an evaluation does not change its figures
+NOT_OF_THE_RECIPE = {
+    "metrics",
+    "device",
+    "command",
+    "batch_size",
+    "provenance",
+    "inception_weights",
+}
+NOT_OF_THE_SAMPLES = {"checkpoint", "sha256", "step", "provenance", "summary"}
 
 
 @dataclass
@@ -82,13 +95,11 @@ def read_run(path, name=None):
     config = parse_config(state, checkpoint)
     settings = {key: value for key, value in asdict(config).items() if key not in PLACES}
     settings["dataset"] = state["provenance"].get("dataset") or Path(config.dataset).name
-    evaluation, subject = find_evaluation(checkpoint)
-    figures, real = compared_figures(subject)
-    recipe = {}
-    if figures:
-        recipe = {key: evaluation["recipe"].get(key) for key in RECIPE}
-        recipe |= {key: subject["about"].get(key) for key in HOW_SAMPLED}
-        recipe["data"] = evaluation.get("dataset", {}).get("fingerprint")
+    origin = state["provenance"]
+    is_toy = len(state["event"]) == 1 and state["units"] is None  # drawn anew for each seed
+    settings["data"] = settings["dataset"] if is_toy else origin.get("fingerprint")
+    settings["init_from"] = origin_of_weights(checkpoint.parent)
+    figures, real, recipe = measured(checkpoint)
     return Run(
         name,
         checkpoint,
@@ -112,24 +123,63 @@ def training_seconds(state, checkpoint):
     return state.get("seconds")
 
 
+def origin_of_weights(folder):
+    """The checkpoint with whose weights a run in a folder began, by config.json; None: unknown."""
+    try:
+        return read_json(folder)[0].get("init_from")
+    except (OSError, ValueError):
+        return None
+
+
+def measured(checkpoint):
+    """What evaluate.py measured of a checkpoint: (figures, real, recipe), see Run."""
+    evaluation, subject = find_evaluation(checkpoint)
+    if not subject:
+        return {}, {}, {}
+    dataset = evaluation["dataset"]
+    is_toy = len(dataset["event"]) == 1 and not dataset["standardized"]
+    recipe = {key: evaluation["recipe"][key] for key in evaluation["recipe"]}
+    recipe = {key: recipe[key] for key in recipe if key not in NOT_OF_THE_RECIPE}
+    about = subject["about"]
+    recipe |= {key: about[key] for key in about if key not in NOT_OF_THE_SAMPLES}
+    recipe |= {"schema": evaluation["schema"]}
+    recipe |= {"data": dataset["name"] if is_toy else dataset["fingerprint"]}
+    return *compared_figures(subject), recipe
+
+
 def find_evaluation(checkpoint):
     """(evaluation, the subject of it) that evaluate.py wrote of this very file; ({}, {}) if none.
 
-    It is looked for beside the checkpoint and its folder: the newest of the same digest."""
+    It is looked for beside the checkpoint and its folder, by its digest: the newest of the file
+    alone, else of a comparison."""
     folder = checkpoint.absolute().parent
-    found = [*folder.glob(f"{checkpoint.stem}-evaluation*"), *folder.glob("comparison*")]
-    found += [*folder.parent.glob(f"{folder.name}-evaluation*"), *folder.parent.glob("comparison*")]
-    paths = [path / "evaluation.json" for path in found if (path / "evaluation.json").is_file()]
-    digest = file_digest(checkpoint) if paths else None
-    for path in sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True):
+    own = [*folder.glob(f"{escape(checkpoint.stem)}-evaluation*")]
+    own += folder.parent.glob(f"{escape(folder.name)}-evaluation*")
+    compared = [*folder.glob("comparison*"), *folder.parent.glob("comparison*")]
+    found = []
+    for group in (own, compared):
+        paths = [path / "evaluation.json" for path in group]
+        paths = [path for path in paths if path.is_file()]
+        found += sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+    digest = file_digest(checkpoint) if found else None
+    for path in found:
         try:
             evaluation = json.loads(path.read_text(encoding="utf-8"))
             for subject in evaluation["subjects"]:
-                if subject["about"].get("sha256") == digest and "unit" in evaluation["recipe"]:
+                if subject["about"].get("sha256") == digest and is_whole(evaluation, subject):
                     return evaluation, subject
         except (OSError, ValueError, LookupError, TypeError, AttributeError):  # anybody's file
             continue
     return {}, {}
+
+
+def is_whole(evaluation, subject):
+    """Whether somebody's evaluation has what is read of it. May raise what a wrong type raises."""
+    dataset = evaluation["dataset"]
+    known = "unit" in evaluation["recipe"] and {"name", "fingerprint", "standardized"} <= {*dataset}
+    figures, _ = compared_figures(subject)
+    values = [cell["value"] for cell in figures.values()]
+    return known and len(dataset["event"]) > 0 and all(map(math.isfinite, values))
 
 
 def compared_figures(subject):
@@ -147,18 +197,25 @@ def compared_figures(subject):
 def group_runs(runs):
     """The Groups of Runs, in the order in which they are given.
 
+    A seed that a group has already begins another: it is the same training, or a later state of it.
     A group is called as its runs are, or by what their paths begin with."""
     groups = {}  # what all runs of a group share -> the runs
     for run in runs:
         shared = {key: value for key, value in run.settings.items() if key not in OF_ONE_RUN}
-        groups.setdefault(json.dumps(shared, sort_keys=True), []).append(run)
-    names = distinct_paths([[str(run.path) for run in members] for members in groups.values()])
+        steps = run.step if shared["max_minutes"] is None else None
+        key = json.dumps([run.name, steps, shared], sort_keys=True)
+        while run.settings["seed"] in [other.settings["seed"] for other in groups.get(key, [])]:
+            key += "again"
+        groups.setdefault(key, []).append(run)
+    paths = [[str(run.path.resolve()) for run in members] for members in groups.values()]
     named = []
-    for name, members in zip(names, groups.values(), strict=True):
-        given = sorted({run.name for run in members} - {None})
-        if name == NAMELESS:  # what they share of their paths is nothing
-            name = f"{members[0].path.parent.name} and {len(members) - 1} more"
-        named.append(Group(" and ".join(given) or name, members))
+    for path, members in zip(distinct_paths(paths), groups.values(), strict=True):
+        name = members[0].name or path or members[0].path.resolve().parent.name
+        named.append(Group(name, members))
+    counts = Counter(group.name for group in named)
+    for name in [name for name in counts if counts[name] > 1]:
+        for i, group in enumerate([group for group in named if group.name == name], 1):
+            group.name = f"{name} {i}"
     return named
 
 
@@ -178,11 +235,22 @@ def loss_differences(groups):
 
 def recipe_differences(runs):
     """Lines that say in what the measurements of runs differ, so that figures do not compare."""
-    measured = [run for run in runs if run.recipe]
+    measured = [run.recipe for run in runs if run.recipe]
     lines = []
-    for key in measured[0].recipe if measured else ():
-        values = [run.recipe[key] for run in measured]
+    for key in dict.fromkeys(key for recipe in measured for key in recipe):
+        values = [recipe.get(key) for recipe in measured]
         if any(value != values[0] for value in values):
-            shown = ", ".join(map(str, dict.fromkeys(values)))
+            shown = ", ".join(dict.fromkeys(str(value)[:40] for value in values))
             lines.append(f"the figures do not compare: {key} differs ({shown})")
+    return lines
+
+
+def unmeasured(groups):
+    """Lines that name groups of which some runs have no evaluation, so that it has no figures."""
+    lines = []
+    for group in groups:
+        without = [run for run in group.runs if not run.figures]
+        if without and len(without) < len(group.runs):
+            share = f"{len(without)} of {len(group.runs)} runs"
+            lines.append(f"{group.name}: no figures, {share} have none ({without[0].path.parent})")
     return lines

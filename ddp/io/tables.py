@@ -171,12 +171,15 @@ def latex(tables):
 
 
 def csv_text(tables):
-    """Tables as CSV, each row with the title of its table; nothing is marked as best."""
+    """Tables as CSV, a line for each cell: value and spread apart, for programs to read."""
     file = io.StringIO(newline="")
     writer = csv.writer(file)
+    writer.writerow(["table", "row", "column", "value", "spread"])
     for table in tables:
-        writer.writerow(["table", "row", *table.head[1:]])
-        writer.writerows([table.title, *row] for row in table.rows)
+        for row in table.rows:
+            for column, cell in zip(table.head[1:], row[1:], strict=True):
+                value, _, spread = cell.partition(" ± ")
+                writer.writerow([table.title, row[0], column, value, spread])
     return file.getvalue()
 
 

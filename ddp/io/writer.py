@@ -111,7 +111,9 @@ class SampleWriter(contextlib.ExitStack):
     @property
     def bounds(self):
         """Lines that say how many samples are shown, where that is not all."""
-        shown = {"grid": self.num_shown, "gif": self.num_animated if self.needs_states else None}
+        moving = self.num_animated if self.needs_states else None
+        few = min(moving, STRIP_IMAGES) if moving and self.is_image else moving
+        shown = {"grid": self.num_shown, "gif": moving, "strip": few}
         return [
             f"{self.total:,} samples, of which the {name} shows the first {count:,}"
             for name, count in shown.items()

@@ -60,13 +60,10 @@ def comparison_tables(evaluation):
 
     The losses by noise level, some thirty rows, have a table of their own, the last."""
     tables = []
-    notes = {
-        "comparison": "95% intervals of the samples alone; differences are of the same real items "
-        "and noise; better, worse: the interval leaves out 0",
-        LEVELS: "as above",
-    }
-    for title, note in notes.items():
-        of_loss = title != "comparison"
+    note = "95% intervals of the samples alone; differences are of the same real items and noise; "
+    note += "better, worse: the interval leaves out 0"
+    for title in ("comparison", LEVELS):
+        of_loss = title == LEVELS
         entries = [e for e in evaluation["comparison"] if of_loss == e["path"].startswith("loss/")]
         rows = comparison_rows(evaluation, entries)
         tables += [make_table(title, note, rows, interval_text)] if rows else []

@@ -16,7 +16,6 @@ from ddp.metrics.candidate import Candidate, checkpoint_candidate
 from ddp.options import SamplerOptions
 
 BREAK = "--"  # between groups
-NAMELESS = "group"  # whose paths share nothing
 
 
 @dataclass
@@ -81,13 +80,16 @@ def is_pattern(path):
 
 
 def matches(subject):
-    """The Subjects that a subject's pattern means, by path; the subject alone if it is none."""
+    """The Subjects that a subject's pattern means, by path; the subject alone if it is none.
+
+    Of a pattern that matches checkpoints what else it matches, such as pictures, is left out."""
     if not is_pattern(subject.path):
         return [subject]
     paths = sorted(glob.glob(subject.path))
     if not paths:
         raise OSError(f"compare: nothing matches {subject.path}")
-    return [replace(subject, path=path) for path in paths]
+    found = [replace(subject, path=path) for path in paths]
+    return [each for each in found if each.checkpoint] or found
 
 
 def in_groups(parts):
@@ -105,12 +107,13 @@ def in_groups(parts):
 
 def group_names(parts):
     """A name for each part, a list of Subjects: the name that all share, else made of the paths."""
-    paths = iter(distinct_paths([[subject.path for subject in part] for part in parts]))
+    paths = distinct_paths([[subject.path for subject in part] for part in parts])
     names = []
     for part, path in zip(parts, paths, strict=True):
         given = {subject.name for subject in part}
         options = "".join(f" {key}={value}" for key, value in part[0].options.items())
-        names.append(part[0].name if len(given) == 1 and part[0].name else path + options)
+        alike = len(given) == 1 and part[0].name
+        names.append(alike or (path or "group") + options)
     return names
 
 
@@ -118,9 +121,9 @@ def distinct_paths(groups):
     """A name for each list of paths, of what these begin with: the last part of it, or more.
 
     It is "a" of a/0/model.pth and a/1/model.pth, and of runs/a-0 and runs/a-1; "x/0" and "y/0" of
-    x/0/model.pth alone and y/0/model.pth alone."""
-    shared = [shared_path(paths).parts or (NAMELESS,) for paths in groups]
-    for count in range(1, max(map(len, shared))):  # parts of a name
+    x/0/model.pth alone and y/0/model.pth alone; "" where they share nothing."""
+    shared = [shared_path(paths).parts for paths in groups]
+    for count in range(1, max(map(len, shared), default=0)):  # parts of a name
         names = ["/".join(parts[-count:]) for parts in shared]
         if len({*names}) == len({*shared}):
             return names
@@ -259,5 +262,6 @@ def free_place(subjects, dataset, out=None):
             if out:
                 raise ValueError(f"out={out} is inside the data, {folder}; choose another place")
             place = folder.parent
-    name = "comparison" if len(subjects) > 1 else f"{first.stem}-evaluation"
+    name = first.name if first.is_dir() else first.stem  # lr0.001 is no file of a kind .001
+    name = "comparison" if len(subjects) > 1 else f"{name}-evaluation"
     return Path(out) if out else next_free_path(place / name)

@@ -81,20 +81,23 @@ def verdict(subject, evaluation):
 
 def distance_sentences(subject):
     """How near the samples are to real items, in the most telling feature space."""
-    space = next((name for name in SPACES if name in subject), None)
-    if space is None:
+    spaces = [name for name in SPACES if name in subject]
+    if not spaces:
         return []
-    results = subject[space]
     lines = []
-    for name in DISTANCES:
-        ratio = results.get(name, {}).get("relative_to_real")
-        if ratio:
-            low, high = ratio["interval"]
+    for space in spaces:
+        ratios = {name: subject[space].get(name, {}).get("relative_to_real") for name in DISTANCES}
+        name = next((name for name in DISTANCES if ratios[name]), None)
+        if name:
+            low, high = ratios[name]["interval"]
+            as_near = ", which cannot be told from 1" if low <= 1 <= high else ""
             lines.append(
-                f"Samples are {ratio['value']:.2f} [{low:.2f}, {high:.2f}] times as far from real "
-                f"items as other real items are (1: as near; {name}, {space})."
+                f"The distance of the samples to real items ({name}, {space}) is "
+                f"{ratios[name]['value']:.2f} [{low:.2f}, {high:.2f}] times that of other real "
+                f"items{as_near}."
             )
             break
+    results = subject[spaces[0]]
     if "precision" in results and "recall" in results:
         precision, recall = (with_real(results[name]) for name in ("precision", "recall"))
         lines.append(
@@ -124,7 +127,11 @@ def memorization_sentences(subject):
         f"{near['value']:.0%} [{low:.0%}, {high:.0%}] of samples lie as near to a training item "
     )
     share += f"as {BY_CHANCE:.0%} of new items do"
-    meaning = "the model has learned items by heart" if low > BY_CHANCE else "no sign of copies"
+    meaning = "that cannot be told from chance"
+    if low > BY_CHANCE:
+        meaning = "more than by chance; look at the closest pairs"
+    elif high <= BY_CHANCE and not results["copies"]:
+        meaning = "no more than by chance"
     return [*lines, f"{share}: {meaning}."]
 
 
@@ -137,7 +144,8 @@ def likelihood_sentences(subject, evaluation):
         total = terms.get("total")
         if not total:
             continue
-        line = f"{title} ({kind}): {total['value']:.3f} ± {total['error'] or 0:.3f} {unit}"
+        error = "" if total["error"] is None else f" ± {total['error']:.3f}"
+        line = f"{title} ({kind}): {total['value']:.3f}{error} {unit}"
         if unit == "bits/dim" and total["value"] > PIXEL_BITS:
             line += (
                 f": more than the {PIXEL_BITS} bits of a pixel itself, so it is no density model"

@@ -20,6 +20,7 @@ from ddp.io.runs import (
     read_run,
     read_runs,
     recipe_differences,
+    unmeasured,
 )
 from ddp.io.tables import Best
 from ddp.training import Trainer
@@ -49,6 +50,8 @@ def make_run(folder, seed=0, fd=None, recall=0.5, seconds=60.0, recipe=None, **f
             "loss": {"1": {"x0": estimate(2)}},
         }
         evaluation = {
+            "schema": 6,
+            "dataset": {"name": "moons", "fingerprint": "5", "event": [2], "standardized": False},
             "recipe": {"unit": "nats", "num_samples": 100, "seed": 0, **(recipe or {})},
             "subjects": [{"name": "x", "about": about, **results}],
         }
@@ -106,6 +109,39 @@ def test_runs_of_so_many_minutes_are_pooled_though_their_steps_differ(tmp_path):
     assert len(group.runs) == 2
 
 
+def test_the_same_seed_is_no_other_training(tmp_path):
+    for name in ("digits", "digits-2"):
+        make_run(tmp_path / name, 0)
+    make_run(tmp_path / "digits-3", 1)
+    runs = [str(tmp_path / name) for name in ("digits", "digits-2", "digits-3")]
+    groups = group_runs(read_runs(runs))
+    assert [len(group.runs) for group in groups] == [2, 1]
+    assert len({group.name for group in groups}) == 2
+
+
+def test_names_that_the_user_gives_keep_runs_apart(tmp_path):
+    make_run(tmp_path / "a", 0)
+    make_run(tmp_path / "b", 1)
+    groups = group_runs(read_runs([f"early={tmp_path / 'a'}", f"late={tmp_path / 'b'}"]))
+    assert [group.name for group in groups] == ["early", "late"]
+
+
+def test_a_pattern_leaves_out_what_is_no_run(tmp_path):
+    make_run(tmp_path / "a-0.001", 0)
+    (tmp_path / "a-0.001-evaluation").mkdir()
+    (tmp_path / "a-0-items.png").write_bytes(b"")
+    (run,) = read_runs([str(tmp_path / "a-*")])
+    assert run.path == tmp_path / "a-0.001" / "last.pth"
+
+
+def test_a_run_without_an_evaluation_is_named(tmp_path):
+    make_run(tmp_path / "a", 0, 1.0)
+    make_run(tmp_path / "b", 1)
+    (group,) = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
+    (line,) = unmeasured([group])
+    assert line.endswith(f"no figures, 1 of 2 runs have none ({tmp_path / 'b'})")
+
+
 def test_losses_of_another_weighting_do_not_compare(tmp_path):
     make_run(tmp_path / "a", 0, weighting="snr", prediction="v")
     make_run(tmp_path / "b", 0, weighting="min_snr", prediction="v")
@@ -118,7 +154,8 @@ def test_figures_of_other_data_do_not_compare(tmp_path):
     for name, data in (("a", "digits"), ("b", "moons")):
         folder = make_run(tmp_path / name, 0, 1.0, lr=len(data) / 100)
         path = folder / "last-evaluation" / "evaluation.json"
-        evaluation = json.loads(path.read_text()) | {"dataset": {"fingerprint": data}}
+        evaluation = json.loads(path.read_text())
+        evaluation["dataset"] |= {"name": data}
         path.write_text(json.dumps(evaluation))
     runs = read_runs([str(tmp_path / "a"), str(tmp_path / "b")])
     assert recipe_differences(runs) == ["the figures do not compare: data differs (digits, moons)"]
@@ -132,6 +169,9 @@ def test_figures_of_other_data_do_not_compare(tmp_path):
         ([[1.0, 2.0], [1.2, 2.1]], "lower", []),  # they overlap
         ([[1.0, 1.1], None, [2.0, 2.1]], "higher", [2]),
         ([[1.0], [1.01], [1.2]], "lower", [0, 1]),  # by the errors of samples, 0.01
+        ([[1.0], [1.1, 1.2, 1.3]], "lower", []),  # one more of that spread may lie there
+        ([[0.0], [1.1, 1.2, 1.3]], "lower", [0]),
+        ([[1.0, 1.1], None], "lower", []),  # nothing to be better than
         ([[1.0, 1.1], [2.0, 2.1]], None, []),
         ([None], "lower", []),
     ],

@@ -58,8 +58,9 @@ def test_the_best_is_bold_in_every_form_but_csv():
     assert "**1.0 ± 0.1**" in markdown([TABLE])
     assert r"\textbf{1.0 $\pm$ 0.1}" in latex([TABLE])
     assert list(csv.reader(io.StringIO(csv_text([TABLE]), newline=""))) == [
-        ["table", "row", "x", "y"],
-        ["a | b_c", "fd ↓", "1.0 ± 0.1", "2"],
+        ["table", "row", "column", "value", "spread"],
+        ["a | b_c", "fd ↓", "x", "1.0", "0.1"],
+        ["a | b_c", "fd ↓", "y", "2", ""],
     ]
 
 

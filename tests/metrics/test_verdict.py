@@ -27,10 +27,14 @@ def test_distance_is_of_the_most_telling_space_that_has_a_ratio():
         "classifier": {"fd": measure(2, 0), "sliced_wasserstein": measure(2, 1, 2)},
     }
     (line,) = verdict(subject, BITS)
-    assert line.startswith("Samples are 2.00 [1.80, 2.20] times as far from real items as other")
-    assert "sliced_wasserstein, classifier" in line
-    (line,) = verdict({"pixels": pixels}, BITS)
-    assert line.startswith("Samples are 3.00")
+    assert line == (
+        "The distance of the samples to real items (sliced_wasserstein, classifier) is 2.00 "
+        "[1.80, 2.20] times that of other real items."
+    )
+    (line,) = verdict({"pixels": pixels, "classifier": {"fd": measure(2, 0)}}, BITS)
+    assert "(fd, pixels) is 3.00" in line  # the next space that has a ratio
+    (line,) = verdict({"pixels": {"fd": measure(1, 1, 1.1)}}, BITS)
+    assert line.endswith("times that of other real items, which cannot be told from 1.")
 
 
 def test_precision_stands_beside_that_of_real_items():
@@ -43,10 +47,11 @@ def test_precision_stands_beside_that_of_real_items():
 @pytest.mark.parametrize(
     ("near", "error", "copies", "says"),
     [
-        (0.04, 0.01, 0, ["no sign of copies"]),
-        (0.2, 0.01, 0, ["learned items by heart"]),
-        (0.06, 0.01, 0, ["no sign of copies"]),
-        (1.0, 0.0, 7, ["7 samples are exact copies", "learned items by heart"]),
+        (0.02, 0.01, 0, ["no more than by chance"]),
+        (0.2, 0.01, 0, ["look at the closest pairs"]),
+        (0.06, 0.01, 0, ["that cannot be told from chance"]),
+        (0.02, 0.01, 3, ["3 samples are exact copies", "that cannot be told from chance"]),
+        (1.0, 0.0, 7, ["7 samples are exact copies", "look at the closest pairs"]),
     ],
 )
 def test_memorization(near, error, copies, says):
