@@ -124,6 +124,8 @@ def figure_rows(subject):
     for keys, estimate in flat.items():
         if keys in LIKELIHOODS:
             rows.append(f"| {', '.join(keys)} | {error_text(estimate)} | |")
+        elif keys == ("memorization", "near_duplicates"):
+            rows.append(f"| near a training item (new items: 0.05) | {error_text(estimate)} | |")
         elif len(keys) == 3 and keys[1] in DISTANCES and keys[2] == "samples":
             real = flat.get((*keys[:2], "real_vs_real"))
             name = f"{keys[1]} of {keys[0]}"

@@ -62,18 +62,20 @@ class Parser(argparse.ArgumentParser):
             raise
 
     def parse_args(self, args=None, namespace=None):
-        """Parse flags. One that is unknown is told from the nearest."""
+        """Parse flags; one that is unknown is an error."""
+        self.words = sys.argv[1:] if args is None else [*map(str, args)]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = [name for action in self._actions for name in action.option_strings]
-            hints = "".join(did_you_mean(word.split("=")[0], known) for word in unknown)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{hints}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
         return parsed
 
     def error(self, message):
-        """Say what is wrong with the flags, and leave with code 2."""
+        """Say what is wrong, tell unknown flags from the nearest, and leave with code 2."""
+        known = [name for action in self._actions for name in action.option_strings]
+        given = [word.split("=")[0] for word in self.words if word.startswith("--")]
+        hints = [did_you_mean(word, known) for word in given if word not in known]
         self.print_usage(sys.stderr)
-        self.exit(2, f"{self.prog.removeprefix('-m ')}: error: {message}\n")
+        self.exit(2, f"{self.prog.removeprefix('-m ')}: error: {message}{''.join(hints)}\n")
 
 
 def make_parser(description, given="", **options):

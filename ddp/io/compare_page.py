@@ -23,7 +23,8 @@ from ddp.metrics.report import LEVELS, path_text
 from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings, t_quantile
 
 NOT_MEASURED = "no figures of samples; evaluate.py measures them"
-BOLD = "bold: the best, and what is not told from it at 95%, where anything is"
+BOLD = "bold: the best, and what is not told from it at 95%, where anything is; "
+BOLD += "by chance 1 row in 20 is"
 
 
 def write_comparison(groups, out, command):
@@ -49,7 +50,9 @@ def write_comparison(groups, out, command):
 def comparison_tables(groups, bold):
     """The Tables of Groups: what they are, what differs, their figures, the losses by level."""
     names = [group.name for group in groups]
-    tables = [Table("runs", "", ["", *names], run_rows(groups))]
+    networks = {group.runs[0].network for group in groups}
+    rows = [row for row in run_rows(groups) if len(networks) > 1 or row[0] != "network"]
+    tables = [Table("runs", networks.pop() if len(networks) == 1 else "", ["", *names], rows)]
     settings = differing_settings(groups)
     rows = [[name, *map(setting_text, values)] for name, values in settings.items()]
     if rows:
@@ -106,6 +109,8 @@ def figure_rows(groups, bold):
     figures, levels = [], []
     for path in paths:
         estimates = [group.figure(path) for group in groups]
+        if not any(estimates):  # every group has a run that lacks it
+            continue
         cells = [figure_text(each) for each in estimates]
         for i in best_of(estimates, find_better(path.split("/"))) if bold else ():
             cells[i] = Best(cells[i])

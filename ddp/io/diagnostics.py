@@ -47,6 +47,7 @@ def dry_run(trainer, folder):
     memory = memory_report(trainer)
     parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in memory.items())
     yield f"memory: about {sum(memory.values()) / 1e6:,.0f} MB: {parts or 'not known'}"
+    yield "besides that of Python and PyTorch themselves, some 500 MB on a CPU"
     yield from schedule_summary(trainer.config, schedule)
     rows = noise_levels(trainer)
     yield "log-SNR    % of items  effective weight of |v_hat - v|² (largest = 1)"
@@ -83,7 +84,8 @@ def training_items(trainer):
     """Return a PIL image of training items: cropped, scaled and augmented as in a run.
 
     Right of images the first few, as the forward network noises them."""
-    count = min(trainer.config.batch_size, room(trainer.dataset.event))
+    dataset = trainer.dataset
+    count = min(trainer.config.batch_size, room(dataset.event), len(dataset.train))
     x0, _ = trainer.training_batch(0, count)  # (count, *event)
     x0, _ = trainer.augmented(0, x0)
     items = to_data(x0.cpu(), trainer.dataset.units)

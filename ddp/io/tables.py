@@ -124,6 +124,7 @@ def html_table(table):
     for row in [table.head, *table.rows] if any(table.head) else table.rows:
         tag = "th" if row is table.head else "td"
         cells = [f"<{tag}>{html_cell(cell)}</{tag}>" for cell in row]
+        cells[0] = cells[0].replace("/", "/<wbr>", cells[0].count("/") - 1)  # where it may wrap
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f"<h3>{escape(table.title)}</h3><small>{escape(table.note)}</small>"

@@ -265,9 +265,9 @@ def write_figures(folder, evaluation, figures):
     """Write evaluation.html, and a PNG of each figure; figures: of each subject, caption -> PIL."""
     write_html(folder / "evaluation.html", evaluation_page(evaluation, figures))
     for i, (subject, images) in enumerate(zip(evaluation["subjects"], figures, strict=True), 1):
-        prefix = f"{i}-{subject['name']}-" if len(figures) > 1 else ""
+        prefix = f"{i}-{subject['name'][:MAX_NAME]}-" if len(figures) > 1 else ""
         for caption, image in images.items():
-            name = re.sub(r"[^\w.-]+", "_", prefix[:MAX_NAME] + caption.split(",")[0])
+            name = re.sub(r"[^\w.-]+", "_", prefix + caption.split(",")[0])
             atomic_write(folder / f"{name}.png", partial(save_png, image))
 
 
@@ -297,7 +297,7 @@ def evaluation_page(evaluation, figures):
     items = f"{dataset['train']:,} training and {dataset['test']:,} test items of {shape}"
     return html_page(
         f"{', '.join(each['name'] for each in named)} on {dataset['name']}",
-        f"{items}; seed {recipe['seed']}.",
+        f"{items}; seed of the evaluation {recipe['seed']}.",
         body,
         recipe["command"],
         {"dataset": dataset, "recipe": recipe},

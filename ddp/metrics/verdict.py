@@ -3,11 +3,14 @@
 Both are of an evaluation as JSON: an estimate is {value, error, interval}.
 """
 
+from ddp.io.tables import interval_text
 from ddp.metrics.comparison import flatten
 
 SPACES = ("inception", "classifier", "values", "points", "filters", "pixels")  # most telling first
-DISTANCES = ("fd", "wasserstein2", "sliced_wasserstein")
+# distances, not squared as fd is; the first that was measured is told
+DISTANCES = ("wasserstein2", "sliced_wasserstein")
 LIKELIHOODS = {"vlb": "VLB", "ode_nll": "ODE NLL"}
+MOST_WIDTH = 0.25  # of an interval of a share that tells anything
 PIXEL_BITS = 8  # of a pixel as it is, without a model
 BY_CHANCE = 0.05  # of new items are called near duplicates, by definition
 
@@ -93,8 +96,7 @@ def distance_sentences(subject):
             as_near = ", which cannot be told from 1" if low <= 1 <= high else ""
             lines.append(
                 f"The distance of the samples to real items ({name}, {space}) is "
-                f"{ratios[name]['value']:.2f} [{low:.2f}, {high:.2f}] times that of other real "
-                f"items{as_near}."
+                f"{interval_text(ratios[name])} times that of other real items{as_near}."
             )
             break
     results = subject[spaces[0]]
@@ -128,6 +130,8 @@ def memorization_sentences(subject):
     )
     share += f"as {BY_CHANCE:.0%} of new items do"
     meaning = "that cannot be told from chance"
+    if high - low > MOST_WIDTH:
+        meaning = "too few items to tell"
     if low > BY_CHANCE:
         meaning = "more than by chance; look at the closest pairs"
     elif high <= BY_CHANCE and not results["copies"]:

@@ -311,7 +311,7 @@ class Tags(HTMLParser):
         self.open = []
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "img", "html", "p"):
+        if tag not in ("meta", "img", "html", "p", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):

@@ -21,7 +21,7 @@ def measure(samples, real=None, ratio=None):
 
 
 def test_distance_is_of_the_most_telling_space_that_has_a_ratio():
-    pixels = {"fd": measure(3, 1, 3)}
+    pixels = {"sliced_wasserstein": measure(3, 1, 3)}
     subject = {
         "pixels": pixels,
         "classifier": {"fd": measure(2, 0), "sliced_wasserstein": measure(2, 1, 2)},
@@ -31,9 +31,9 @@ def test_distance_is_of_the_most_telling_space_that_has_a_ratio():
         "The distance of the samples to real items (sliced_wasserstein, classifier) is 2.00 "
         "[1.80, 2.20] times that of other real items."
     )
-    (line,) = verdict({"pixels": pixels, "classifier": {"fd": measure(2, 0)}}, BITS)
-    assert "(fd, pixels) is 3.00" in line  # the next space that has a ratio
-    (line,) = verdict({"pixels": {"fd": measure(1, 1, 1.1)}}, BITS)
+    (line,) = verdict({"pixels": pixels, "classifier": {"fd": measure(2, 1, 9)}}, BITS)
+    assert "(sliced_wasserstein, pixels) is 3.00" in line  # the next space that has a ratio
+    (line,) = verdict({"points": {"wasserstein2": measure(1, 1, 1.1)}}, BITS)
     assert line.endswith("times that of other real items, which cannot be told from 1.")
 
 
@@ -50,6 +50,7 @@ def test_precision_stands_beside_that_of_real_items():
         (0.02, 0.01, 0, ["no more than by chance"]),
         (0.2, 0.01, 0, ["look at the closest pairs"]),
         (0.06, 0.01, 0, ["that cannot be told from chance"]),
+        (0.2, 0.1, 0, ["too few items to tell"]),
         (0.02, 0.01, 3, ["3 samples are exact copies", "that cannot be told from chance"]),
         (1.0, 0.0, 7, ["7 samples are exact copies", "look at the closest pairs"]),
     ],
