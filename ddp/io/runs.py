@@ -16,7 +16,7 @@ from ddp.io.describe import network_text
 from ddp.io.files import RUN_MODELS, file_digest, find_checkpoint
 from ddp.io.run_log import read_log
 from ddp.metrics.comparison import NOT_COMPARED, flatten
-from ddp.metrics.subjects import distinct_paths, matches, parse_subject
+from ddp.metrics.subjects import distinct_paths, matches, parse_subject, shared_path
 
 PLACES = {"dataset", "data_dir", "out_dir", "cache"}  # of this machine
 # in which trainings of a group may differ: what changes no result but by chance
@@ -208,13 +208,23 @@ def group_runs(runs):
     paths = [[str(run.path.resolve()) for run in members] for members in groups.values()]
     named = []
     for path, members in zip(distinct_paths(paths), groups.values(), strict=True):
-        name = members[0].name or path or members[0].path.resolve().parent.name
-        named.append(Group(name, members))
+        first = members[0].path.resolve().parent.name
+        others = [run for run in runs if run not in members]
+        if len(members) > 1 and holds_others(members, others):
+            path = f"{first} and {len(members) - 1} more"
+        named.append(Group(members[0].name or path or first, members))
     counts = Counter(group.name for group in named)
     for name in [name for name in counts if counts[name] > 1]:
         for i, group in enumerate([group for group in named if group.name == name], 1):
             group.name = f"{name} {i}"
     return named
+
+
+def holds_others(members, others):
+    """Whether runs share no more of their paths than a folder in which others lie, too."""
+    shared = shared_path([str(run.path.resolve()) for run in members])
+    inside = [run.path.resolve().is_relative_to(shared) for run in others]
+    return shared == Path.cwd() or any(inside)
 
 
 def differing_settings(groups):
