@@ -13,7 +13,7 @@ from ddp.io.compare_page import write_comparison
 from ddp.io.files import next_free_path, require_absent, shown_path
 from ddp.io.runs import group_runs, read_runs
 from ddp.io.tables import table_lines
-from ddp.metrics.report import LEVELS
+from ddp.metrics.report import LOSS_TABLE
 
 
 def parse(arguments=None):
@@ -30,7 +30,7 @@ def main(args):
     groups = group_runs(read_runs(args.runs))
     command = shlex.join(["python", "-m", "ddp.compare", *sys.argv[1:]])
     out, tables, warnings = write_comparison(groups, out, command)
-    shown = [table for table in tables if table.title != LEVELS]  # thirty rows, on the page
+    shown = [table for table in tables if table.title != LOSS_TABLE]  # thirty rows, on the page
     print(*table_lines(shown), sep="\n")
     for line in warnings:
         print(f"warning: {line}")

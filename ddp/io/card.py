@@ -10,7 +10,7 @@ from ddp.io.checkpoint import strip_training_state
 from ddp.io.describe import describe
 from ddp.io.run_lock import read_record
 from ddp.io.runs import find_evaluation
-from ddp.io.tables import error_text
+from ddp.io.tables import error_text, markdown_text
 from ddp.metrics.comparison import flatten
 from ddp.options import SamplerOptions
 
@@ -40,12 +40,12 @@ def model_card(
     command = training_command(checkpoint.parent)
     is_pixels = "images in [-1, 1]" if model.is_pixels else "standardized; see model.units"
     return CARD.format(
-        title=cell(f"{data}: a diffusion model"),
+        title=markdown_text(f"{data}: a diffusion model"),
         event=" x ".join(map(str, model.event)),
         kind={1: "points", 2: "sequences", 3: "images"}[len(model.event)],
         sampler=options["sampler"],
         steps=options["steps"],
-        facts="\n".join(f"| {name} | {cell(text)} |" for name, text in facts.items()),
+        facts="\n".join(f"| {name} | {markdown_text(text)} |" for name, text in facts.items()),
         command=f"\nThe command: `{command}`\n" if command else "",
         settings=settings_text(state),
         figures="\n".join(figure_lines(checkpoint)),
@@ -53,7 +53,7 @@ def model_card(
         file=readable,
         label=", label=torch.arange(16) % model.num_classes" if model.num_classes else "",
         units=f"(16, {', '.join(map(str, model.event))}), {is_pixels}",
-        data=cell(data),
+        data=markdown_text(data),
     )
 
 
@@ -63,13 +63,6 @@ def settings_text(state):
     given = {name: value for name, value in config.items() if value not in (None, "")}
     words = [f"{name}={json.dumps(value)}".replace(" ", "") for name, value in given.items()]
     return "\n".join(textwrap.wrap(" ".join(words), 100, break_on_hyphens=False))
-
-
-def cell(text):
-    """Return text that stands in a table of Markdown as it is."""
-    for mark in "\\|<>`[]*_":
-        text = text.replace(mark, f"\\{mark}")
-    return text
 
 
 def file_lines(checks, model):

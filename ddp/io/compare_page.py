@@ -19,7 +19,7 @@ from ddp.io.page import html_details, html_figures, html_list, html_page, write_
 from ddp.io.runs import differing_settings, loss_differences, recipe_differences, unmeasured
 from ddp.io.tables import Best, Table, digits_of, html_table, write_tables
 from ddp.metrics.evaluate import find_better
-from ddp.metrics.report import LEVELS, path_text
+from ddp.metrics.report import LOSS_TABLE, path_text
 from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings, t_quantile
 
 NOT_MEASURED = "no figures of samples; evaluate.py measures them"
@@ -40,7 +40,7 @@ def write_comparison(groups, out, command):
     with atomic_dir(out) as written:
         for name, chart in charts.items():
             path = written.folder / f"loss_over_{name}.png"
-            atomic_write(path, partial(save_png, to_pil(chart)))
+            atomic_write(path, partial(save_png, chart))
         write_tables(written.folder, "tables", tables)
         text = page(groups, tables, charts, warnings, command)
         write_html(written.folder / "comparison.html", text)
@@ -66,7 +66,7 @@ def comparison_tables(groups, bold):
     figures, levels = figure_rows(groups, bold and len(groups) > 1)
     head = ["", *names, "real items"]
     tables += [Table("figures", note, head, figures)] if figures else []
-    tables += [Table(LEVELS, note, head[:-1], levels)] if levels else []
+    tables += [Table(LOSS_TABLE, note, head[:-1], levels)] if levels else []
     return tables
 
 
@@ -160,7 +160,7 @@ def told_apart(first, second):
 
 
 def loss_charts(groups):
-    """Charts of the loss of held-out items, over steps and over minutes: name -> Figure."""
+    """Charts of the loss of held-out items, over steps and over minutes: name -> PIL image."""
     by_step = {}  # name of a group -> a list of (x, loss), (N,) each
     by_minute = {}
     for group in groups:
@@ -173,7 +173,7 @@ def loss_charts(groups):
                 minutes = step * run.seconds / run.step / 60
                 by_minute.setdefault(group.name, []).append((minutes, loss))
     charts = {"steps": (by_step, "step"), "minutes": (by_minute, "minutes of training")}
-    return {name: overlaid_losses(*what) for name, what in charts.items() if what[0]}
+    return {name: to_pil(overlaid_losses(*what)) for name, what in charts.items() if what[0]}
 
 
 def newest_samples(groups):
@@ -191,14 +191,14 @@ def newest_samples(groups):
 def page(groups, tables, charts, warnings, command):
     """The comparison as one HTML page."""
     titled = {table.title: html_table(table) for table in tables}
-    levels = titled.pop(LEVELS, None)
+    levels = titled.pop(LOSS_TABLE, None)
     order = ("figures", "settings that differ", "runs")
     body = [html_list(warnings)] if warnings else []
     body += [titled[title] for title in order if title in titled]
     shown = {f"loss of held-out items over {name}": chart for name, chart in charts.items()}
     body.append(html_figures(shown | newest_samples(groups)))
     if levels:
-        body.append(html_details(LEVELS, levels))
+        body.append(html_details(LOSS_TABLE, levels))
     count = sum(len(group.runs) for group in groups)
     return html_page(
         " and ".join(group.name for group in groups),

@@ -49,9 +49,9 @@ def html_figures(figures):
     return f'<div class="figures">{"".join(shown)}</div>'
 
 
-def html_list(lines, kind="ul"):
+def html_list(lines):
     """Lines of text as a list."""
-    return f"<{kind}>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</{kind}>"
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"
 
 
 def html_details(title, shown):

@@ -5,7 +5,6 @@ Runs that differ in their seed alone are trainings of one Group.
 
 import json
 import math
-from collections import Counter
 from dataclasses import asdict, dataclass
 from glob import escape
 from pathlib import Path
@@ -15,8 +14,8 @@ from ddp.io.config_file import read_json
 from ddp.io.describe import network_text
 from ddp.io.files import RUN_MODELS, file_digest, find_checkpoint
 from ddp.io.run_log import read_log
-from ddp.metrics.comparison import NOT_COMPARED, flatten
-from ddp.metrics.subjects import distinct_paths, matches, parse_subject, shared_path
+from ddp.metrics.comparison import NOT_COMPARED, flat_results
+from ddp.metrics.subjects import distinct_paths, matches, numbered, parse_subject, shared_path
 
 PLACES = {"dataset", "data_dir", "out_dir", "cache"}  # of this machine
 # in which trainings of a group may differ: what changes no result but by chance
@@ -94,8 +93,8 @@ def read_run(path, name=None):
     state = read_checkpoint(checkpoint)
     config = parse_config(state, checkpoint)
     settings = {key: value for key, value in asdict(config).items() if key not in PLACES}
-    settings["dataset"] = state["provenance"].get("dataset") or Path(config.dataset).name
     origin = state["provenance"]
+    settings["dataset"] = origin.get("dataset") or Path(config.dataset).name
     is_toy = len(state["event"]) == 1 and state["units"] is None  # drawn anew for each seed
     settings["data"] = settings["dataset"] if is_toy else origin.get("fingerprint")
     settings["init_from"] = origin_of_weights(checkpoint.parent)
@@ -138,9 +137,8 @@ def measured(checkpoint):
         return {}, {}, {}
     dataset = evaluation.get("dataset") or {}
     is_toy = len(dataset.get("event") or ()) == 1 and not dataset.get("standardized")
-    recipe = {key: evaluation["recipe"][key] for key in evaluation["recipe"]}
+    recipe, about = evaluation["recipe"], subject["about"]
     recipe = {key: recipe[key] for key in recipe if key not in NOT_OF_THE_RECIPE}
-    about = subject["about"]
     recipe |= {key: about[key] for key in about if key not in NOT_OF_THE_SAMPLES}
     recipe["schema"] = evaluation.get("schema")
     recipe["data"] = dataset.get("name" if is_toy else "fingerprint")
@@ -182,7 +180,7 @@ def is_whole(evaluation, subject):
 
 def compared_figures(subject):
     """The figures of a subject that can be compared, and those of real items in their place."""
-    flat = flatten({key: subject[key] for key in subject if key not in ("name", "about")})
+    flat = flat_results(subject)
     figures, real = {}, {}
     for keys, cell in flat.items():
         if isinstance(cell, dict) and keys[-1] not in NOT_COMPARED:
@@ -206,18 +204,14 @@ def group_runs(runs):
             key += "again"
         groups.setdefault(key, []).append(run)
     paths = [[str(run.path.resolve()) for run in members] for members in groups.values()]
-    named = []
+    names = []
     for path, members in zip(distinct_paths(paths), groups.values(), strict=True):
         first = members[0].path.resolve().parent.name
         others = [run for run in runs if run not in members]
         if len(members) > 1 and holds_others(members, others):
             path = f"{first} and {len(members) - 1} more"
-        named.append(Group(members[0].name or path or first, members))
-    counts = Counter(group.name for group in named)
-    for name in [name for name in counts if counts[name] > 1]:
-        for i, group in enumerate([group for group in named if group.name == name], 1):
-            group.name = f"{name} {i}"
-    return named
+        names.append(members[0].name or path or first)
+    return [Group(*each) for each in zip(numbered(names), groups.values(), strict=True)]
 
 
 def holds_others(members, others):

@@ -136,12 +136,16 @@ def html_cell(cell):
     return f"<b>{escape(cell)}</b>" if isinstance(cell, Best) else escape(cell)
 
 
+def markdown_text(text):
+    """Text that stands in a table of Markdown as it is."""
+    return "".join(MARKDOWN_MARKS.get(mark, mark) for mark in text)
+
+
 def markdown(tables):
     """Tables as Markdown."""
 
     def text(cell):
-        shown = "".join(MARKDOWN_MARKS.get(mark, mark) for mark in cell)
-        return f"**{shown}**" if isinstance(cell, Best) else shown
+        return f"**{markdown_text(cell)}**" if isinstance(cell, Best) else markdown_text(cell)
 
     lines = []
     for table in tables:

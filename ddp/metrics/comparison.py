@@ -25,6 +25,11 @@ def flatten(tree, path=()):
     return flat
 
 
+def flat_results(subject):
+    """The results of a subject of an evaluation, as JSON, flattened: without name and origin."""
+    return flatten({key: subject[key] for key in subject if key not in ("name", "about")})
+
+
 def compared(candidate):
     """The results of a candidate that are compared, keys -> Estimate."""
     flat = flatten(candidate.results)

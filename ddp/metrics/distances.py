@@ -189,11 +189,11 @@ class Measure:
     up_to_real: bool = False  # more than real items have is no gain
 
     @property
-    def arrow(self):
-        """The mark of the direction in which it is better."""
+    def better(self):
+        """Which is better: "lower", "higher", or None: as real items have it."""
         if self.up_to_real:
-            return "≈"
-        return "↑" if self.higher_is_better else "↓"
+            return None
+        return "higher" if self.higher_is_better else "lower"
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ class Metric:
 
 def better_feature(keys):
     """Which is better of a distance or proportion, ("pixels", "fd", "samples")."""
-    return {"≈": None, "↑": "higher", "↓": "lower"}[find_measure(keys[1]).arrow]
+    return find_measure(keys[1]).better
 
 
 def better_loss(keys):

@@ -27,7 +27,7 @@ ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}  # which is better
 SPREADS = ("mean", "sd of trainings", "error of samples")  # columns of a group of trainings
 MAX_CELL = 14  # characters of a group's name in a column, so that a row has 100
 SAMPLES = "samples and real items"  # a caption
-LEVELS = "test loss by noise level"  # the title of a table
+LOSS_TABLE = "test loss by noise level"  # of a table and a figure
 MAX_NAME = 40  # characters of a subject in names of files, which hold 255 bytes
 
 
@@ -62,8 +62,8 @@ def comparison_tables(evaluation):
     tables = []
     note = "95% intervals of the samples alone; differences are of the same real items and noise; "
     note += "better, worse: the interval leaves out 0"
-    for title in ("comparison", LEVELS):
-        of_loss = title == LEVELS
+    for title in ("comparison", LOSS_TABLE):
+        of_loss = title == LOSS_TABLE
         entries = [e for e in evaluation["comparison"] if of_loss == e["path"].startswith("loss/")]
         rows = comparison_rows(evaluation, entries)
         tables += [make_table(title, note, rows, interval_text)] if rows else []
@@ -182,7 +182,7 @@ def measure_and_report(candidates, reference, metrics, options, folder, command,
         write_report(folder, finished, candidates, reference)
     finally:  # what cannot be written can be read here
         tables = side_by_side(finished)
-        tables = [table for table in tables if table.title != LEVELS] or tables
+        tables = [table for table in tables if table.title != LOSS_TABLE] or tables
         tell("\n".join([*table_lines(tables), *last_lines(finished)]))
     return finished, stopped
 
@@ -229,10 +229,10 @@ def candidate_figures(candidate, reference):
     if ratios:
         figures["samples relative to real items"] = to_pil(metric_ratios(ratios))
     if "loss" in results:
-        figures["test loss by noise level"] = to_pil(loss_by_level(results["loss"]))
-    rows = read_log(Path(candidate.about.get("checkpoint", "")).parent)
-    if rows and candidate.model is not None:
-        figures["loss as it was trained"] = to_pil(loss_curve(rows))
+        figures[LOSS_TABLE] = to_pil(loss_by_level(results["loss"]))
+    if "checkpoint" in candidate.about:
+        rows = read_log(Path(candidate.about["checkpoint"]).parent)
+        figures |= {"loss as it was trained": to_pil(loss_curve(rows))} if rows else {}
     return figures
 
 
@@ -283,7 +283,7 @@ def evaluation_page(evaluation, figures):
         body.append(html_figures(samples_side_by_side(evaluation["subjects"], figures)))
     for table in side_by_side(evaluation):
         shown = html_table(table)
-        body.append(html_details(table.title, shown) if table.title == LEVELS else shown)
+        body.append(html_details(table.title, shown) if table.title == LOSS_TABLE else shown)
     for subject, images in zip(evaluation["subjects"], figures, strict=True):
         body.append(f"<h2>{escape(subject['name'])}</h2>")
         body += [html_list(verdict(subject, evaluation)), html_figures(images)]

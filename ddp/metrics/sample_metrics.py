@@ -20,6 +20,7 @@ MANY_FEATURES = 512  # with more, a distance takes seconds: fewer half-samples
 FEW_RESAMPLES = 10
 CLOSE = 0.05  # of held-out items lie nearer to a training item than what is called near
 CONFIDENT = 0.9  # probability from which a classifier is called sure
+MARKS = {"lower": "↓", "higher": "↑", None: "≈"}  # of which is better
 MAX_STATS = 32  # channels or dimensions of which statistics are reported
 
 
@@ -175,7 +176,7 @@ def feature_tables(space, results, evaluation):
         if name != "counts":
             if cells.get("real_vs_real") and cells["relative_to_real"] is None and same_number:
                 cells = cells | {"relative_to_real": "real vs real is 0 within its error"}
-            rows[f"{name} {find_measure(name).arrow}"] = cells
+            rows[f"{name} {MARKS[find_measure(name).better]}"] = cells
     note = (
         f"{recipe['num_samples']:,} samples against as many {recipe['reference']} items; "
         f"real vs real: {recipe['baseline_items']:,} items of the other split; 95% intervals; "

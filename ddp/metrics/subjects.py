@@ -97,12 +97,16 @@ def in_groups(parts):
     parts = [[match for subject in part for match in matches(subject)] for part in parts]
     names = group_names(parts)
     subjects = []
-    for i, part in enumerate(parts):
-        group = names[i] if names.count(names[i]) == 1 else f"{names[i]} {i + 1}"
+    for part, name_of_all, group in zip(parts, names, numbered(names), strict=True):
         for subject in part:  # what gave the group its name is called by its path
-            name = None if subject.name == names[i] else subject.name
+            name = None if subject.name == name_of_all else subject.name
             subjects.append(replace(subject, name=name, group=group))
     return subjects
+
+
+def numbered(names):
+    """The names, those that stand more than once with their place, from 1."""
+    return [n if names.count(n) == 1 else f"{n} {i}" for i, n in enumerate(names, 1)]
 
 
 def group_names(parts):

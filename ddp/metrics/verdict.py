@@ -4,15 +4,15 @@ Both are of an evaluation as JSON: an estimate is {value, error, interval}.
 """
 
 from ddp.io.tables import interval_text
-from ddp.metrics.comparison import flatten
+from ddp.metrics.comparison import flat_results
+from ddp.metrics.sample_metrics import CLOSE
 
 SPACES = ("inception", "classifier", "values", "points", "filters", "pixels")  # most telling first
 # distances, not squared as fd is; the first that was measured is told
 DISTANCES = ("wasserstein2", "sliced_wasserstein")
 LIKELIHOODS = {"vlb": "VLB", "ode_nll": "ODE NLL"}
-MOST_WIDTH = 0.25  # of an interval of a share that tells anything
+WIDEST = 0.25  # of an interval of a share that tells anything
 PIXEL_BITS = 8  # of a pixel as it is, without a model
-BY_CHANCE = 0.05  # of new items are called near duplicates, by definition
 
 TERMS = {
     "[low, high]": "a 95% interval. Of one model it holds the samples alone: the same model would "
@@ -68,7 +68,7 @@ def terms_of(evaluation):
     """The words that an evaluation uses: term -> its meaning."""
     words = {"[low, high]", "±", "real vs real", "relative to real"}
     for subject in evaluation["subjects"]:
-        for keys in flatten({k: v for k, v in subject.items() if k not in ("name", "about")}):
+        for keys in flat_results(subject):
             words.update(keys)
     return {term: text for term, text in TERMS.items() if term in words}
 
@@ -128,13 +128,13 @@ def memorization_sentences(subject):
     share = (
         f"{near['value']:.0%} [{low:.0%}, {high:.0%}] of samples lie as near to a training item "
     )
-    share += f"as {BY_CHANCE:.0%} of new items do"
+    share += f"as {CLOSE:.0%} of new items do"
     meaning = "that cannot be told from chance"
-    if high - low > MOST_WIDTH:
+    if high - low > WIDEST:
         meaning = "too few items to tell"
-    if low > BY_CHANCE:
+    if low > CLOSE:
         meaning = "more than by chance; look at the closest pairs"
-    elif high <= BY_CHANCE and not results["copies"]:
+    elif high <= CLOSE and not results["copies"]:
         meaning = "no more than by chance"
     return [*lines, f"{share}: {meaning}."]
 
