@@ -32,6 +32,7 @@ from ddp.data import load_dataset
 from ddp.io.cli import add_flag, command, require_at_least
 from ddp.io.device import sampling_dtype, select_device, select_precision
 from ddp.io.files import atomic_write
+from ddp.io.spelling import none_of
 from ddp.metrics.candidate import Candidate, EvaluateOptions, Reference, generate_samples
 from ddp.metrics.likelihood_metrics import evaluate_loss, evaluate_ode_nll
 from ddp.metrics.sample_metrics import class_measures, real_features, rms_to_nearest
@@ -336,10 +337,10 @@ def list_runs(args):
     runs = []
     for name in args.datasets.split(","):
         if name not in DATASETS:
-            raise ValueError(f"datasets={name}: expected some of {', '.join(DATASETS)}")
+            raise ValueError(none_of("datasets", name, DATASETS))
     for study in args.studies.split(","):
         if study not in STUDIES:
-            raise ValueError(f"studies={study}: expected some of {', '.join(STUDIES)}")
+            raise ValueError(none_of("studies", study, STUDIES))
         for name in args.datasets.split(","):
             for variant in STUDIES[study]():
                 if args.only and variant.name not in args.only.split(";"):

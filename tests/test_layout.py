@@ -16,7 +16,7 @@ CORE = [
     *("planning", "threads", "training", "options", "presets", "config", "editing"),
 ]
 DRAWERS = [
-    "io.files",
+    *("io.files", "io.spelling"),
     *(
         "data.mapped",
         "data.dataset",
@@ -45,8 +45,7 @@ DRAWERS = [
     *("io.run_lock", "io.run_dir", "io.sample_batches", "io.run_page", "io.board"),
     "io.run_writer",
     *("io.progress", "io.setup"),
-    *("io.spelling", "io.config_file"),
-    *("io.runs", "io.compare_page", "io.card", "io.export"),
+    *("io.config_file", "io.runs", "io.compare_page", "io.card", "io.export"),
     *("io.writer", "io.diagnostics", "io.terminal"),
     "io.cli",
 ]

@@ -11,6 +11,7 @@ from ddp.data.files import printable
 from ddp.data.folder import load_folder
 from ddp.data.toy import TOYS, load_toy
 from ddp.data.vision import load_cifar10, load_digits, load_mnist
+from ddp.io.spelling import did_you_mean
 
 __all__ = ["DATASETS", "Dataset", "load_dataset", "permutation"]
 __all__ += ["resolve_name", "to_data", "to_float", "to_pixels"]
@@ -54,7 +55,7 @@ def load_dataset(
         known = ", ".join(DATASETS)
         raise ValueError(
             f"dataset={printable(name)} is neither a known dataset ({known}) nor a folder, .zip, "
-            ".npy or .npz that is there"
+            f".npy or .npz that is there{did_you_mean(name, DATASETS)}"
         )
     if is_array_path(path):
         refuse(name, "an array", image_size=image_size, cache=cache)

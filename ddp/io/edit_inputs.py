@@ -5,6 +5,7 @@ import dataclasses
 from ddp.data.arrays import load_mask, read_items, read_latents
 from ddp.data.files import counted
 from ddp.editing import EDITS, FRAMES, WITHOUT_NOISE, EditInputs
+from ddp.io.spelling import none_of
 from ddp.sampling import SAMPLERS
 
 DEFAULT_COUNT = 64  # samples, where nothing says how many
@@ -95,7 +96,7 @@ def parse_labels(text, model, classes, of_edit=False):
     words = [text] if text in numbers else [word.strip() for word in text.split(",")]
     for word in words:
         if word not in numbers:
-            raise ValueError(f"label={word}: expected some of {', '.join(classes)}")
+            raise ValueError(none_of("label", word, classes))
     return [numbers[word] for word in words]
 
 

@@ -17,6 +17,7 @@ from ddp.io.figures import save_png
 from ddp.io.files import atomic_dir, require_absent
 from ddp.io.safetensors_file import write_safetensors
 from ddp.io.sample_batches import picture
+from ddp.io.spelling import none_of
 
 EXAMPLE_BATCH = 2  # of which a graph is made
 PARITY_BATCHES = (1, 3, 5)  # with which it is checked: the batch is to be free
@@ -142,7 +143,7 @@ def parse_formats(text):
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in EXPORTS:
-            raise ValueError(f"format={name}: expected some of {','.join(EXPORTS)}")
+            raise ValueError(none_of("format", name, EXPORTS))
         lacking = [each for each in EXPORTS[name].packages if not importlib.util.find_spec(each)]
         if lacking:
             raise OSError(f"format={name} needs what is absent: pip install {' '.join(lacking)}")

@@ -14,6 +14,7 @@ from PIL import Image
 from ddp.io.figures import save_animation, save_png
 from ddp.io.files import atomic_dir, next_free_path, require_absent, shown_path
 from ddp.io.item_figures import displayed, draw_items, num_images, room, strip
+from ddp.io.spelling import none_of
 
 # an image each; one image of all; arrays; an animation, and an image, of the way from noise to data
 FORMATS = ("png", "grid", "npz", "gif", "strip")
@@ -46,7 +47,7 @@ def parse_output(
         formats = ["grid"]
     for name in formats:
         if name not in FORMATS:
-            raise ValueError(f"format={name}: expected some of {','.join(FORMATS)}")
+            raise ValueError(none_of("format", name, FORMATS))
     if out is None:
         checkpoint = Path(checkpoint)
         return next_free_path(checkpoint.with_name(f"{checkpoint.stem}-samples")), formats

@@ -14,6 +14,7 @@ from pathlib import Path
 from ddp.data import permutation
 from ddp.distributed import on_main, world_size
 from ddp.io.checkpoint import provenance
+from ddp.io.spelling import none_of
 from ddp.metrics.candidate import generate_samples, likelihood_unit, log_density, log_std
 from ddp.metrics.comparison import comparison, group_comparison, group_warnings
 from ddp.metrics.distances import DISTANCES, NEIGHBORS, find_measure
@@ -142,7 +143,7 @@ def metric_names(text):
     names = [OLD_METRICS.get(word, word) for word in words]
     for name in names:
         if name not in known_metrics():
-            raise ValueError(f"metrics={name}: expected some of {', '.join(known_metrics())}")
+            raise ValueError(none_of("metrics", name, known_metrics()))
     return names
 
 

@@ -12,6 +12,7 @@ from ddp.distributed import main_first
 from ddp.io.download import is_url, locate
 from ddp.io.files import RUN_MODELS, file_digest, find_checkpoint, next_free_path
 from ddp.io.safetensors_file import SUFFIX
+from ddp.io.spelling import did_you_mean
 from ddp.metrics.candidate import Candidate, checkpoint_candidate
 from ddp.options import SamplerOptions
 
@@ -159,10 +160,9 @@ def parse_subject(text):
             continue
         option = known.get(key)
         if option is None or option.metadata["bounds"].get("count", 1) > 1:
-            fitting = [n for n, f in known.items() if "count" not in f.metadata["bounds"]]
-            raise ValueError(
-                f"{text}: {key}={value}: expected some of {', '.join(fitting)}, weights"
-            )
+            names = [n for n, f in known.items() if "count" not in f.metadata["bounds"]] + ["weights"]
+            wanted = f"expected some of {', '.join(names)}{did_you_mean(key, names)}"
+            raise ValueError(f"{text}: {key}={value}: {wanted}")
         try:
             options[key] = option.metadata["kind"](value)
         except ValueError:

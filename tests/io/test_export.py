@@ -181,7 +181,7 @@ def test_card_does_without_a_damaged_evaluation(run, tmp_path, content):
 
 def test_formats(monkeypatch):
     assert parse_formats("torch_export, torch_export") == ["torch_export"]
-    with pytest.raises(ValueError, match=r"format=tflite: expected some of safetensors,onnx"):
+    with pytest.raises(ValueError, match=r"format=tflite: expected some of safetensors, onnx"):
         parse_formats("torch_export,tflite")
     lacking = EXPORTS["torch_export"]._replace(packages=("json", "no_such_library"))
     monkeypatch.setitem(EXPORTS, "torch_export", lacking)
