@@ -12,7 +12,7 @@ from ddp.io.cli import add_flag
 from ddp.io.compare_page import write_comparison
 from ddp.io.files import next_free_path, require_absent, shown_path
 from ddp.io.runs import group_runs, read_runs
-from ddp.io.tables import table_lines
+from ddp.io.tables import table_lines, wrapped
 from ddp.metrics.report import LOSS_TABLE
 
 
@@ -29,11 +29,11 @@ def main(args):
     out = require_absent(Path(args.out)) if args.out else next_free_path(Path("comparison"))
     groups = group_runs(read_runs(args.runs))
     command = shlex.join(["python", "-m", "ddp.compare", *sys.argv[1:]])
-    out, tables, warnings = write_comparison(groups, out, command)
+    out, tables, sentences, warnings = write_comparison(groups, out, command)
     shown = [table for table in tables if table.title != LOSS_TABLE]  # thirty rows, on the page
     print(*table_lines(shown), sep="\n")
-    for line in warnings:
-        print(f"warning: {line}")
+    for line in [*sentences, *(f"warning: {line}" for line in warnings)]:
+        print(*wrapped(line), sep="\n")
     print(f"wrote {shown_path(out)}: comparison.html; tables.md, .tex and .csv for a paper")
     return 0
 

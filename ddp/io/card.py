@@ -9,7 +9,7 @@ from ddp.data.files import printable
 from ddp.io.checkpoint import strip_training_state
 from ddp.io.describe import describe
 from ddp.io.run_lock import read_record
-from ddp.io.runs import find_evaluation
+from ddp.io.runs import find_evaluations
 from ddp.io.tables import error_text, markdown_text
 from ddp.metrics.comparison import flatten
 from ddp.options import SamplerOptions
@@ -94,7 +94,7 @@ def training_command(folder):
 def figure_lines(checkpoint):
     """Return a table of what evaluate.py measured of this very file, if its results lie beside."""
     unknown = ["It was not measured, or the results do not lie beside it."]
-    evaluation, subject = find_evaluation(checkpoint)
+    evaluation, subject = next(find_evaluations(checkpoint), ({}, {}))
     try:
         rows = figure_rows(subject)
         recipe = evaluation.get("recipe", {})

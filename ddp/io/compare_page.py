@@ -15,26 +15,30 @@ from PIL import Image
 from ddp.data.files import counted
 from ddp.io.figures import overlaid_losses, save_png, to_pil
 from ddp.io.files import atomic_dir, atomic_write
-from ddp.io.page import html_details, html_figures, html_list, html_page, write_html
+from ddp.io.page import html_details, html_figures, html_list, html_page, html_terms, write_html
 from ddp.io.runs import differing_settings, loss_differences, recipe_differences, unmeasured
 from ddp.io.tables import Best, Table, digits_of, html_table, write_tables
+from ddp.metrics.comparison import pairing
 from ddp.metrics.evaluate import find_better
 from ddp.metrics.report import LOSS_TABLE, path_text
 from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings, t_quantile
+from ddp.metrics.verdict import terms_of
 
 NOT_MEASURED = "no figures of samples; evaluate.py measures them"
-BOLD = "bold: the best, and what is not told from it at 95%, where anything is; "
+BOLD = "bold or *: the best, and what is not told from it at 95%, where anything is; "
 BOLD += "by chance 1 row in 20 is"
+ONE_TRAINING = "One training each: this shows the networks, not which way of training is better."
 
 
 def write_comparison(groups, out, command):
-    """Write comparison.html, tables and charts of Groups into a folder -> (path, tables, warnings).
+    """Write comparison.html, tables and charts of Groups into a folder.
 
-    command: what to type for it again."""
+    command: what to type for it again. Returns (path, tables, sentences, warnings)."""
     runs = [run for group in groups for run in group.runs]
     warnings = recipe_differences(runs)
     warnings += [] if any(run.figures for run in runs) else [NOT_MEASURED]
     tables = comparison_tables(groups, bold=not warnings)
+    sentences = [] if warnings else verdict(groups, tables)
     warnings += [*unmeasured(groups), *loss_differences(groups)]
     charts = loss_charts(groups)
     with atomic_dir(out) as written:
@@ -42,9 +46,9 @@ def write_comparison(groups, out, command):
             path = written.folder / f"loss_over_{name}.png"
             atomic_write(path, partial(save_png, chart))
         write_tables(written.folder, "tables", tables)
-        text = page(groups, tables, charts, warnings, command)
+        text = page(groups, tables, charts, [*sentences, *warnings], command)
         write_html(written.folder / "comparison.html", text)
-    return written.path, tables, warnings
+    return written.path, tables, sentences, warnings
 
 
 def comparison_tables(groups, bold):
@@ -112,7 +116,8 @@ def figure_rows(groups, bold):
         if not any(estimates):  # every group has a run that lacks it
             continue
         cells = [figure_text(each) for each in estimates]
-        for i in best_of(estimates, find_better(path.split("/"))) if bold else ():
+        seeds = [group.seeds for group in groups]
+        for i in best_of(estimates, find_better(path.split("/")), seeds) if bold else ():
             cells[i] = Best(cells[i])
         row = [path_text(path), *cells]
         if path.startswith("loss/"):  # by noise level, thirty rows
@@ -129,28 +134,48 @@ def figure_text(estimates):
     return spread_text([each["value"] for each in estimates], [each["error"] for each in estimates])
 
 
-def best_of(estimates, direction):
+def verdict(groups, tables):
+    """What the figures in the tables of Groups say, in sentences."""
+    best = {group.name: [] for group in groups}  # name of a group -> figures
+    for row in [row for table in tables if table.title == "figures" for row in table.rows]:
+        for name, cell in zip(best, row[1:], strict=False):
+            best[name] += [row[0].rstrip(" ↓↑")] if isinstance(cell, Best) else []
+    if len(groups) < 2:
+        return []
+    better = "is better" if len(groups) == 2 else "is best, or cannot be told from the best,"
+    lines = [f"{name} {better} in {', '.join(names)}." for name, names in best.items() if names]
+    lines = lines or ["No figure tells them apart at 95%."]
+    return lines + [ONE_TRAINING] * all(len(group.runs) == 1 for group in groups)
+
+
+def best_of(estimates, direction, seeds):
     """The indices of the groups that are best, or cannot be told from it, at 95%; [] if all are.
 
-    estimates: of each group a list, or None; direction: "lower", "higher", None: neither."""
+    estimates: of each group a list, or None; direction: "lower", "higher", None: neither; seeds:
+    those of each group, in one order: the same ones are paired."""
     known = [i for i, each in enumerate(estimates) if each]
     if direction is None or not known:
         return []
     sign = 1 if direction == "lower" else -1
     means = {i: sign * fmean(each["value"] for each in estimates[i]) for i in known}
     best = min(known, key=means.get)
-    ties = [i for i in known if i == best or not told_apart(estimates[best], estimates[i])]
+    ties = [best]
+    for i in set(known) - {best}:
+        if not told_apart(estimates[best], estimates[i], pairing(seeds[best], seeds[i])):
+            ties.append(i)
+    ties.sort()
     return ties if len(ties) < len(known) else []
 
 
-def told_apart(first, second):
-    """Whether two groups of estimates differ: by Welch's test over trainings; one training against
-    some, by their spread; two single ones, by the errors of their samples, if these are known."""
+def told_apart(first, second, order):
+    """Whether two groups of estimates differ: by Student's t of the differences, if they have an
+    order of pairs, or Welch's test; one training against some, by their spread; two single ones, by
+    the errors of their samples, if these are known."""
     values = [[each["value"] for each in estimates] for estimates in (first, second)]
     few, many = sorted(values, key=len)
     difference = abs(fmean(few) - fmean(many))
     if len(few) > 1:
-        low, high = difference_of_trainings(*values)["interval"]
+        low, high = difference_of_trainings(*values, order is not None)["interval"]
         return not low <= 0 <= high
     if len(many) > 1:  # one more training of the same kind lies so near
         reach = t_quantile(0.975, len(many) - 1) * stdev(many) * math.sqrt(1 + 1 / len(many))
@@ -188,20 +213,24 @@ def newest_samples(groups):
     return images
 
 
-def page(groups, tables, charts, warnings, command):
-    """The comparison as one HTML page."""
+def page(groups, tables, charts, lines, command):
+    """The comparison as one HTML page; lines: what it begins with."""
     titled = {table.title: html_table(table) for table in tables}
     levels = titled.pop(LOSS_TABLE, None)
     order = ("figures", "settings that differ", "runs")
-    body = [html_list(warnings)] if warnings else []
+    body = [html_list(lines)] if lines else []
+    body.append(html_figures(newest_samples(groups), "grids"))
     body += [titled[title] for title in order if title in titled]
     shown = {f"loss of held-out items over {name}": chart for name, chart in charts.items()}
-    body.append(html_figures(shown | newest_samples(groups)))
+    body.append(html_figures(shown))
     if levels:
         body.append(html_details(LOSS_TABLE, levels))
+    words = {word for run in groups[0].runs for path in run.figures for word in path.split("/")}
+    if words:
+        body.append(html_terms(terms_of(words)))
     count = sum(len(group.runs) for group in groups)
     return html_page(
-        " and ".join(group.name for group in groups),
+        ", ".join(group.name for group in groups),
         f"{counted(count, 'training')}; those that differ in their seed alone stand together.",
         body,
         command,

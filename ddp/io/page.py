@@ -43,10 +43,12 @@ def html_figure(caption, image):
     )
 
 
-def html_figures(figures):
-    """Figures beside each other, as many as the window is wide; caption -> image."""
+def html_figures(figures, kind="figures"):
+    """Figures beside each other, as many as the window is wide; caption -> image.
+
+    kind: "figures" to read, or "grids" of samples, which may be smaller."""
     shown = [html_figure(caption, image) for caption, image in figures.items()]
-    return f'<div class="figures">{"".join(shown)}</div>'
+    return f'<div class="{kind}">{"".join(shown)}</div>'
 
 
 def html_list(lines):

@@ -61,7 +61,11 @@ class Group:
     """Runs with the same settings but for the seed: one or more trainings."""
 
     name: str
-    runs: list
+    runs: list  # by their seeds
+
+    @property
+    def seeds(self):
+        return [run.settings["seed"] for run in self.runs]
 
     def figure(self, path):
         """The estimates of a figure, one of each run; None where a run lacks it."""
@@ -131,10 +135,22 @@ def origin_of_weights(folder):
 
 
 def measured(checkpoint):
-    """What evaluate.py measured of a checkpoint: (figures, real, recipe), see Run."""
-    evaluation, subject = find_evaluation(checkpoint)
-    if not subject:
-        return {}, {}, {}
+    """What evaluate.py measured of a checkpoint: (figures, real, recipe), see Run.
+
+    The newest evaluation, and what those of the same recipe have beside it."""
+    figures, real, recipe = {}, {}, {}
+    for evaluation, subject in find_evaluations(checkpoint):
+        found = recipe_of(evaluation, subject)
+        recipe = recipe or found
+        if found == recipe:
+            more, more_real = compared_figures(subject)
+            figures = more | figures
+            real = more_real | real
+    return figures, real, recipe
+
+
+def recipe_of(evaluation, subject):
+    """How the figures of a subject of an evaluation were measured, a dict."""
     dataset = evaluation.get("dataset") or {}
     is_toy = len(dataset.get("event") or ()) == 1 and not dataset.get("standardized")
     recipe, about = evaluation["recipe"], subject["about"]
@@ -142,14 +158,14 @@ def measured(checkpoint):
     recipe |= {key: about[key] for key in about if key not in NOT_OF_THE_SAMPLES}
     recipe["schema"] = evaluation.get("schema")
     recipe["data"] = dataset.get("name" if is_toy else "fingerprint")
-    return *compared_figures(subject), recipe
+    return recipe
 
 
-def find_evaluation(checkpoint):
-    """(evaluation, the subject of it) that evaluate.py wrote of this very file; ({}, {}) if none.
+def find_evaluations(checkpoint):
+    """Yield (evaluation, the subject of it) that evaluate.py wrote of this very file.
 
-    It is looked for beside the checkpoint and its folder, by its digest: the newest of the file
-    alone, else of a comparison."""
+    They are looked for beside the checkpoint and its folder, by its digest: those of the file
+    alone, then of comparisons, the newest first."""
     folder = checkpoint.absolute().parent
     own = [*folder.glob(f"{escape(checkpoint.stem)}-evaluation*")]
     own += folder.parent.glob(f"{escape(folder.name)}-evaluation*")
@@ -165,10 +181,9 @@ def find_evaluation(checkpoint):
             evaluation = json.loads(path.read_text(encoding="utf-8"))
             for subject in evaluation["subjects"]:
                 if subject["about"].get("sha256") == digest and is_whole(evaluation, subject):
-                    return evaluation, subject
+                    yield evaluation, subject
         except (OSError, ValueError, LookupError, TypeError, AttributeError):  # anybody's file
             continue
-    return {}, {}
 
 
 def is_whole(evaluation, subject):
@@ -203,6 +218,8 @@ def group_runs(runs):
         while run.settings["seed"] in [other.settings["seed"] for other in groups.get(key, [])]:
             key += "again"
         groups.setdefault(key, []).append(run)
+    for members in groups.values():
+        members.sort(key=lambda run: run.settings["seed"])
     paths = [[str(run.path.resolve()) for run in members] for members in groups.values()]
     names = []
     for path, members in zip(distinct_paths(paths), groups.values(), strict=True):

@@ -79,6 +79,7 @@ def table_lines(tables, width=None):
         title = f"{table.title} ({table.note})" if table.note else table.title
         lines += ["", *wrapped(title, width)]
         rows = [table.head, *table.rows] if any(table.head) else table.rows  # of text
+        rows = [[f"*{cell}" if isinstance(cell, Best) else cell for cell in row] for row in rows]
         for i, part in enumerate(fitting_parts(rows, width)):
             lines += [""] * (i > 0) + part
     return lines

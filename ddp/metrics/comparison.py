@@ -12,6 +12,7 @@ import torch
 
 from ddp.metrics.uncertainty import Estimate, difference_of_trainings
 
+MIN_PAIRS = 3  # two differences may agree by chance, all the more where items are counted
 NOT_COMPARED = ("real_vs_real", "real", "relative_to_real")  # the same for all, or a ratio to it
 
 
@@ -67,14 +68,14 @@ def seeds_of(members):
     return [candidate.config and candidate.config.seed for candidate in members]
 
 
-def matching(first, second):
-    """The indices in `second` of the trainings with the seeds of `first`, which can be paired.
+def pairing(seeds, others):
+    """The indices in `others` of the seeds, whose trainings can be paired.
 
-    None unless both have the same seeds, each once."""
-    seeds, others = seeds_of(first), seeds_of(second)
-    if None in seeds or len({*seeds}) < len(seeds) or {*seeds} != {*others}:
+    None unless both are the same seeds, each once, and MIN_PAIRS or more."""
+    if None in seeds or len(seeds) < MIN_PAIRS or len({*seeds}) < len(seeds):
         return None
-    return None if len(others) > len(seeds) else [others.index(seed) for seed in seeds]
+    same = sorted(seeds) == sorted(others, key=lambda seed: -1 if seed is None else seed)
+    return [others.index(seed) for seed in seeds] if same else None
 
 
 def group_warnings(candidates):
@@ -135,11 +136,11 @@ def common_figures(members):
 def differences(first, first_members, name, members, find_better):
     """The figures of the group `name` less those of the group `first`, and which is better.
 
-    `interval_of`: "trainings", by Student's t, `paired` where the seeds match, else by Welch's
-    test; or "samples", the normal interval of these very networks, where a group has one training:
-    then neither is called better. `better`: a group's name, or None: it cannot be told, or
-    neither direction is better."""
-    order = matching(first_members, members)
+    `interval_of`: "trainings", by Student's t, `paired` where three or more seeds match, else by
+    Welch's test; or "samples", the normal interval of these very networks, where a group has one
+    training: then neither is called better. `better`: a group's name, or None: it cannot be told,
+    or neither direction is better."""
+    order = pairing(seeds_of(first_members), seeds_of(members))
     by_training = min(len(first_members), len(members)) > 1
     baseline = common_figures(first_members)
     figures = {}

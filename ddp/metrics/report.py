@@ -21,7 +21,7 @@ from ddp.io.tables import error_text, html_table, interval_text, make_table, tab
 from ddp.metrics.comparison import flatten
 from ddp.metrics.evaluate import evaluate, find_better, known_metrics
 from ddp.metrics.features import FEATURES
-from ddp.metrics.verdict import terms_of, verdict
+from ddp.metrics.verdict import terms_of, verdict, words_of
 
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}  # which is better
 SPREADS = ("mean", "sd of trainings", "error of samples")  # columns of a group of trainings
@@ -291,7 +291,7 @@ def evaluation_page(evaluation, figures):
         body.append(f"<p><small>{escape(origin(subject))}</small></p>")
     if warnings:
         body += ['<h2 id="warnings" class="warning">what to know</h2>', html_list(warnings)]
-    body.append(html_terms(terms_of(evaluation)))
+    body.append(html_terms(terms_of(words_of(evaluation))))
     named = evaluation["groups"] or evaluation["subjects"]
     shape = "x".join(str(side) for side in dataset["event"])
     items = f"{dataset['train']:,} training and {dataset['test']:,} test items of {shape}"

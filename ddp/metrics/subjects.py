@@ -160,7 +160,8 @@ def parse_subject(text):
             continue
         option = known.get(key)
         if option is None or option.metadata["bounds"].get("count", 1) > 1:
-            names = [n for n, f in known.items() if "count" not in f.metadata["bounds"]] + ["weights"]
+            names = [n for n, f in known.items() if "count" not in f.metadata["bounds"]]
+            names.append("weights")
             wanted = f"expected some of {', '.join(names)}{did_you_mean(key, names)}"
             raise ValueError(f"{text}: {key}={value}: {wanted}")
         try:

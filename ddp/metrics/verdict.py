@@ -64,12 +64,17 @@ TERMS = {
 }
 
 
-def terms_of(evaluation):
-    """The words that an evaluation uses: term -> its meaning."""
+def words_of(evaluation):
+    """The words that an evaluation uses, a set."""
     words = {"[low, high]", "±", "real vs real", "relative to real"}
     for subject in evaluation["subjects"]:
         for keys in flat_results(subject):
             words.update(keys)
+    return words
+
+
+def terms_of(words):
+    """Those of the words that have a meaning here: term -> its meaning."""
     return {term: text for term, text in TERMS.items() if term in words}
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 from statistics import mean, stdev
 
@@ -11,10 +12,10 @@ from PIL import Image
 from ddp.config import Config
 from ddp.data import load_dataset
 from ddp.io.checkpoint import checkpoint_state, write_checkpoint
-from ddp.io.compare_page import best_of, comparison_tables, write_comparison
+from ddp.io.compare_page import ONE_TRAINING, best_of, comparison_tables, write_comparison
 from ddp.io.files import file_digest
 from ddp.io.runs import (
-    find_evaluation,
+    find_evaluations,
     group_runs,
     loss_differences,
     read_run,
@@ -178,7 +179,14 @@ def test_figures_of_other_data_do_not_compare(tmp_path):
 )
 def test_best_is_what_cannot_be_told_from_the_best(values, direction, best):
     estimates = [each and [estimate(value) for value in each] for each in values]
-    assert best_of(estimates, direction) == best
+    assert best_of(estimates, direction, [[0, 1]] * len(values)) == best
+
+
+def test_the_same_three_seeds_are_paired():
+    """The seeds differ by far more than the groups do."""
+    estimates = [[estimate(value) for value in values] for values in ([1, 5, 9], [2, 6.1, 10])]
+    assert best_of(estimates, "lower", [[0, 1, 2]] * 2) == [0]
+    assert best_of(estimates, "lower", [[0, 1, 2], [0, 1, 3]]) == []
 
 
 def test_figures_of_another_recipe_are_told_and_nothing_is_bold(tmp_path):
@@ -187,7 +195,8 @@ def test_figures_of_another_recipe_are_told_and_nothing_is_bold(tmp_path):
     groups = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
     lines = recipe_differences([run for group in groups for run in group.runs])
     assert lines == ["the figures do not compare: num_samples differs (100, 50)"]
-    out, tables, warnings = write_comparison(groups, tmp_path / "out", "python x")
+    out, tables, sentences, warnings = write_comparison(groups, tmp_path / "out", "python x")
+    assert sentences == []
     assert warnings == lines
     assert not any(isinstance(cell, Best) for table in tables for row in table.rows for cell in row)
     assert lines[0] in (out / "comparison.html").read_text(encoding="utf-8")
@@ -197,13 +206,14 @@ def test_page_and_tables(tmp_path):
     groups = group_runs(read_runs(four_runs(tmp_path)))
     (tmp_path / "a-0" / "samples").mkdir()
     Image.new("L", (30, 30)).save(tmp_path / "a-0" / "samples" / "step_00000002.png")
-    out, _, warnings = write_comparison(groups, tmp_path / "out", "python <x>")
+    out, _, sentences, warnings = write_comparison(groups, tmp_path / "out", "python <x>")
     names = sorted(path.name for path in out.iterdir())
     charts = ["loss_over_minutes.png", "loss_over_steps.png"]
     assert names == ["comparison.html", *charts, "tables.csv", "tables.md", "tables.tex"]
     page = (out / "comparison.html").read_text(encoding="utf-8")
     assert warnings == []
-    assert "a: samples at step 2" in page
+    assert sentences == ["a is better in points/fd."]
+    assert page.index(sentences[0]) < page.index("a: samples at step 2") < page.index("<table>")
     assert "python &lt;x&gt;" in page
     assert page.count("<figure>") == 3
     assert not re.search(r"(?:src|href)=[\"'](?!data:)", page)
@@ -213,10 +223,10 @@ def test_page_and_tables(tmp_path):
 
 def test_evaluation_is_of_this_very_file(tmp_path):
     folder = make_run(tmp_path / "a", 0, 1.0)
-    _, subject = find_evaluation(folder / "last.pth")
+    ((_, subject),) = find_evaluations(folder / "last.pth")
     assert subject["points"]["fd"]["samples"]["value"] == 1.0
     (folder / "last-evaluation").rename(tmp_path / "a-evaluation-2")  # of the run's folder
-    assert find_evaluation(folder / "last.pth")[1] == subject
+    assert next(find_evaluations(folder / "last.pth"))[1] == subject
     path = tmp_path / "a-evaluation-2" / "evaluation.json"
     for text in (
         "",
@@ -225,9 +235,38 @@ def test_evaluation_is_of_this_very_file(tmp_path):
         path.read_text().replace(subject["about"]["sha256"], "0"),
     ):
         path.write_text(text)
-        assert find_evaluation(folder / "last.pth") == ({}, {})
+        assert [*find_evaluations(folder / "last.pth")] == []
     assert read_run(folder).figures == {}
     assert math.isclose(read_run(folder).seconds, 60)
+
+
+def test_evaluations_of_one_recipe_are_read_together(tmp_path):
+    folder = make_run(tmp_path / "a", 0, 1.0)
+    path = folder / "last-evaluation" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    for number, (fd, count) in enumerate(((3.0, 100), (4.0, 50)), 2):
+        (subject,) = evaluation["subjects"]
+        del subject["points"], subject["loss"]
+        subject["values"] = {"fd": row(fd)}
+        evaluation["recipe"]["num_samples"] = count
+        subject |= {"points": {"fd": row(fd)}}
+        other = folder / f"last-evaluation-{number}"
+        other.mkdir()
+        (other / "evaluation.json").write_text(json.dumps(evaluation))
+        os.utime(other / "evaluation.json", (number, number))  # older than the first
+        subject["loss"] = {}
+    figures = read_run(folder).figures
+    values = {path: each["value"] for path, each in figures.items()}
+    assert values["points/fd/samples"] == 1.0  # of the newest
+    assert values["values/fd/samples"] == 3.0  # of an older one with as many samples
+
+
+def test_one_training_each_shows_the_networks_alone(tmp_path):
+    make_run(tmp_path / "a", 0, 1.0)
+    make_run(tmp_path / "b", 0, 1.01, recall=0.501, lr=0.1)
+    groups = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
+    _, _, sentences, _ = write_comparison(groups, tmp_path / "out", "python x")
+    assert sentences == ["No figure tells them apart at 95%.", ONE_TRAINING]
 
 
 def test_what_is_no_run_is_refused(tmp_path):

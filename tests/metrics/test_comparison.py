@@ -149,9 +149,15 @@ def test_a_group_of_one_shows_nothing_about_trainings(a, b):
     assert figure["sd"] is None
 
 
+def test_two_differences_that_agree_by_chance_show_nothing():
+    _, groups = groups_of(a={0: 1, 1: 10}, b={0: 2, 1: 11})
+    about, figure = less_first(groups)
+    assert (about["paired"], figure["better"]) == (False, None)
+
+
 def test_one_seed_twice_is_told_and_not_paired():
-    candidates, _ = groups_of(a={0: 1, 1: 2}, b={0: 3, 1: 4})
-    candidates[1].config = candidates[3].config = Config(seed=0)
+    candidates, _ = groups_of(a={0: 1, 1: 2, 2: 3}, b={0: 3, 1: 4, 2: 5})
+    candidates[1].config = candidates[4].config = Config(seed=0)
     (a, b) = group_warnings(candidates)
     assert a == "a: two runs have seed 0; are they two trainings?"
     assert b.startswith("b: two runs have seed 0")

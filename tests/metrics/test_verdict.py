@@ -2,7 +2,7 @@
 
 import pytest
 
-from ddp.metrics.verdict import TERMS, terms_of, verdict
+from ddp.metrics.verdict import TERMS, terms_of, verdict, words_of
 
 NATS = {"recipe": {"unit": "nats"}, "entropy": None}
 BITS = {"recipe": {"unit": "bits/dim"}, "entropy": None}
@@ -86,7 +86,7 @@ def test_terms_are_those_that_the_evaluation_uses():
     evaluation = {
         "subjects": [{"name": "kid", "about": {"vlb": 1}, "pixels": {"fd": measure(1, 1, 1)}}]
     }
-    names = [*terms_of(evaluation)]
+    names = [*terms_of(words_of(evaluation))]
     assert {"pixels", "fd", "real vs real"} <= {*names}
     assert not {"kid", "vlb", "classifier"} & {*names}
     assert all(text.endswith(".") for text in TERMS.values())

@@ -224,12 +224,13 @@ def test_one_model_is_compared_under_two_samplers(trained, tmp_path):
 
 
 def save_runs(trained, folder):
-    """Write two checkpoints as of trainings of the seeds 0 and 1."""
+    """Write three checkpoints as of trainings of the seeds 0, 1 and 2."""
     folder.mkdir()
     shutil.copy(trained / "digits" / "model.pth", folder / "0.pth")
-    checkpoint = read_checkpoint(trained / "digits" / "step_00000018.pth")
-    checkpoint["config"]["seed"] = 1
-    torch.save(checkpoint, folder / "1.pth")
+    for seed, name in enumerate(("step_00000018", "step_00000020"), 1):
+        checkpoint = read_checkpoint(trained / "digits" / f"{name}.pth")
+        checkpoint["config"]["seed"] = seed
+        torch.save(checkpoint, folder / f"{seed}.pth")
 
 
 def test_groups_of_trainings_are_compared_pair_by_pair(trained, tmp_path):
@@ -238,22 +239,22 @@ def test_groups_of_trainings_are_compared_pair_by_pair(trained, tmp_path):
     evaluation, text = evaluated(*flags, *FEW, cwd=tmp_path)
     few, more = evaluation["groups"]
     assert (few["name"], more["name"]) == ("few", "more")
-    assert few["seeds"] == more["seeds"] == [0, 1]
-    assert few["subjects"] == ["0 steps=2", "1 steps=2"]
+    assert few["seeds"] == more["seeds"] == [0, 1, 2]
+    assert few["subjects"] == ["0 steps=2", "1 steps=2", "2 steps=2"]
     values = [subject["pixels"]["fd"]["samples"]["value"] for subject in evaluation["subjects"]]
     figure = few["figures"]["pixels/fd/samples"]
-    assert figure["mean"] == pytest.approx(np.mean(values[:2]))
-    assert figure["sd"] == pytest.approx(np.std(values[:2], ddof=1))
+    assert figure["mean"] == pytest.approx(np.mean(values[:3]))
+    assert figure["sd"] == pytest.approx(np.std(values[:3], ddof=1))
     assert figure["sample_error"] > 0
     less_first = more["less_first"]
     assert (less_first["interval_of"], less_first["paired"]) == ("trainings", True)
     difference = less_first["figures"]["pixels/fd/samples"]["difference"]
-    assert difference["value"] == pytest.approx(np.mean(values[2:]) - np.mean(values[:2]))
+    assert difference["value"] == pytest.approx(np.mean(values[3:]) - np.mean(values[:3]))
     low, high = difference["interval"]
-    assert (high - low) / difference["error"] == pytest.approx(2 * 12.7062, abs=1e-3)
+    assert (high - low) / difference["error"] == pytest.approx(2 * 4.30265, abs=1e-3)
     assert less_first["figures"]["vlb/discrete/total"]["difference"]["value"] == 0
     assert evaluation["comparison"] == []  # not one by one
-    tables = text[text.index("few (2 trainings)") : text.index("wrote")]
+    tables = text[text.index("few (3 trainings)") : text.index("wrote")]
     assert "more - few (95% intervals over trainings, paired by seed" in tables
     assert max(map(len, tables.splitlines()[:-4])) <= 100  # below are warnings, and paths
     page = (tmp_path / "e" / "evaluation.html").read_text()
