@@ -13,7 +13,7 @@ from ddp.io.compare_page import write_comparison
 from ddp.io.files import next_free_path, require_absent, shown_path
 from ddp.io.runs import group_runs, read_runs
 from ddp.io.tables import table_lines, wrapped
-from ddp.metrics.report import LOSS_TABLE
+from ddp.metrics.likelihood_metrics import LOSS_TABLE
 
 
 def parse(arguments=None):

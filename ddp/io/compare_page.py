@@ -20,7 +20,8 @@ from ddp.io.runs import differing_settings, loss_differences, recipe_differences
 from ddp.io.tables import Best, Table, digits_of, html_table, write_tables
 from ddp.metrics.comparison import pairing
 from ddp.metrics.evaluate import find_better
-from ddp.metrics.report import LOSS_TABLE, path_text
+from ddp.metrics.likelihood_metrics import LOSS_TABLE
+from ddp.metrics.report import path_text
 from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings, t_quantile
 from ddp.metrics.verdict import terms_of
 

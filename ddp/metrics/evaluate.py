@@ -25,6 +25,7 @@ from ddp.metrics.likelihood_metrics import (
     evaluate_ode_nll,
     evaluate_vlb,
     loss_calls,
+    loss_tables,
     nll_tables,
     ode_nll_calls,
     sampling_calls,
@@ -109,8 +110,7 @@ METRICS = {  # of samples first; the dearest last, which is also compared with t
     "loss": Metric(
         evaluate_loss,
         needs_model=True,
-        title="test loss by noise level",
-        note="in units of x0, eps and v, ± standard error",
+        tables=loss_tables,
         calls=loss_calls,
         better=better_loss,
     ),

@@ -19,6 +19,7 @@ from ddp.metrics.likelihood import loss_by_noise_level, ode_nll, vlb
 from ddp.metrics.uncertainty import Estimate
 
 TIMED_ITEMS = 64  # on which a network is timed
+LOSS_TABLE = "test loss by noise level"  # of a table and a figure
 LEVELS = 10  # of the noise, evenly spaced in t, at which the loss is measured
 ODE_CALLS = 80  # slopes that the solver asks for, about; measured of digits
 BACKWARD = 3  # a slope's divergence takes a backward pass, too
@@ -78,6 +79,14 @@ def evaluate_loss(candidate, reference, options):
             result[unit] = Estimate.mean(torch.cat([row[unit] for row in rows]))  # of (N,)
         results[f"log-SNR {log_snr:.2f}"] = result
     return results
+
+
+def loss_tables(results, evaluation):
+    """The rows of the test loss, of which each is called by its log-SNR."""
+    rows = {}
+    for name, cells in results.items():
+        rows[name] = {key: cell for key, cell in cells.items() if key != "log_snr"}
+    return [(LOSS_TABLE, "in units of x0, eps and v, ± standard error", rows)]
 
 
 def evaluate_vlb(candidate, reference, options):

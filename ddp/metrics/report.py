@@ -21,13 +21,13 @@ from ddp.io.tables import error_text, html_table, interval_text, make_table, tab
 from ddp.metrics.comparison import flatten
 from ddp.metrics.evaluate import evaluate, find_better, known_metrics
 from ddp.metrics.features import FEATURES
+from ddp.metrics.likelihood_metrics import LOSS_TABLE
 from ddp.metrics.verdict import terms_of, verdict, words_of
 
 ARROWS = {"lower": " ↓", "higher": " ↑", None: ""}  # which is better
 SPREADS = ("mean", "sd of trainings", "error of samples")  # columns of a group of trainings
 MAX_CELL = 14  # characters of a group's name in a column, so that a row has 100
 SAMPLES = "samples and real items"  # a caption
-LOSS_TABLE = "test loss by noise level"  # of a table and a figure
 MAX_NAME = 40  # characters of a subject in names of files, which hold 255 bytes
 
 

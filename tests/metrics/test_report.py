@@ -107,7 +107,7 @@ def test_feature_tables_say_which_way_is_better():
     head, rows = table_of({"pixels": {"fd": row, "recall": row}})
     assert head == ["", "samples", "real vs real", "relative to real"]
     assert set(rows) == {"fd ↓", "recall ↑"}
-    none = "real vs real is 0 within its error"
+    none = "real vs real ≈ 0"
     assert rows["fd ↓"] == [interval_text(CELL), interval_text(CELL), none]
 
 
