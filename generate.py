@@ -16,7 +16,7 @@ from ddp.io.checkpoint import load_guide, load_model
 from ddp.io.cli import add_flag
 from ddp.io.device import sampling_dtype, select_device, set_tf32
 from ddp.io.download import locate
-from ddp.io.edit_inputs import check_edit, grid_options, parse_labels, read_edit_inputs
+from ddp.io.edit_inputs import check_edit, grid_options, in_rows, parse_labels, read_edit_inputs
 from ddp.io.progress import Pace, loading_bar
 from ddp.io.sample_batches import data_to_compare, draw, states_of
 from ddp.io.writer import FORMATS, SampleWriter, parse_output
@@ -71,10 +71,10 @@ def main(args):
     alone = alone or formats == ["npz"] or not is_main()
     reference, lines = (None, lines) if alone else data_to_compare(config, path, model.event)
     lines += choose_sampling_threads(model, args.batch_size, args.threads)
-    total = args.num_samples or total
     classes = [checkpoint["classes"][k] for k in labels or range(model.num_classes)]
-    in_columns = model.is_image and len(classes) <= total
-    shown = grid_options(edit["name"], args.mc_dropout, classes if in_columns else ())
+    wanted = args.num_samples or total
+    shown = grid_options(edit["name"], args.mc_dropout, classes if model.is_image else (), wanted)
+    total = args.num_samples or in_rows(total, shown.get("columns"))
     if total <= args.batch_size * (world_size() - 1):
         line = f"batch_size={args.batch_size} leaves some of {world_size()} processes idle"
         lines = [*lines, f"{line}; a smaller one does not"]

@@ -100,16 +100,22 @@ def parse_labels(text, model, classes, of_edit=False):
     return [numbers[word] for word in words]
 
 
-def grid_options(name, mc_dropout=None, classes=()):
+def grid_options(name, mc_dropout=None, classes=(), count=DEFAULT_COUNT):
     """Return how SampleWriter shows samples: titles of an edit, or the number of columns.
 
-    classes: the names of those that plain samples are of, in turn: a column each."""
+    classes: the names of those that plain samples are of, in turn: a column each, where `count`
+    samples are so many."""
     if mc_dropout:
         return {"titles": (f"mean of {mc_dropout}", "std, from least to most"), "own_scale": True}
     if name == "interpolate":
         return {"columns": FRAMES, "is_way": True}
     if name and EDITS[name].title:
         return {"titles": (EDITS[name].title, "given"), "given_first": True}
-    if name or not 2 <= len(classes) <= MAX_CLASSES:
+    if name or not classes or len(classes) > min(count, MAX_CLASSES):
         return {}
-    return {"columns": len(classes), "captions": classes}
+    return {"captions": classes} | ({"columns": len(classes)} if len(classes) > 1 else {})
+
+
+def in_rows(count, columns):
+    """Return how many of `count` items fill rows of so many columns; all where there are none."""
+    return count - count % columns if columns and columns <= count else count

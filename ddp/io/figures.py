@@ -5,6 +5,7 @@ import re
 import warnings
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, LogLocator, NullLocator, StrMethodFormatter
@@ -20,6 +21,8 @@ GAP_COLOR = (96, 96, 128)  # neither black nor white, nor any gray
 MARGIN = 24  # pixels around the images that stand side by side
 TITLE_SIZE = 16  # pixels, of a letter
 CAPTION_SIZE, CAPTION_HEIGHT = 12, 18  # pixels, of a letter and of the line above a column
+MAX_NAME_PIXELS = 120  # of a text left of a row
+MIN_SHADED, CELLS = 500, 40  # points, from which on their density is seen; cells a side, for that
 MAX_LABEL = 32  # characters of a name in a chart
 # of Okabe and Ito: color-blind people can tell them apart, and most are told apart in gray
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
@@ -58,24 +61,30 @@ def num_fitting(event, pixels):
     return max(1, pixels // (pitch_y * pitch_x))
 
 
-def grid(images, columns=None, captions=()):
+def grid(images, columns=None, captions=(), names=()):
     """Return one PIL image of uint8 images (N, C, H, W), row by row, enlarged by whole pixels.
 
-    captions: a text above each column, or none."""
+    captions: a text above each column, one for all, or none; names: the same left of each row."""
     images = np.asarray(images)
     count, channels, height, width = images.shape
     k, pitch_y, pitch_x = pitch(height, width) if columns else pitch(height, width, count)
     columns = min(count, columns or math.ceil(math.sqrt(count)))
     rows = math.ceil(count / columns)
-    top = CAPTION_HEIGHT if captions else 0
-    canvas = Image.new("RGB", (columns * pitch_x + GAP, top + rows * pitch_y + GAP), "white")
-    draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(CAPTION_SIZE)
+    names = [fitting(name, font, MAX_NAME_PIXELS) for name in names]
+    side = max((math.ceil(font.getlength(name)) + 3 * GAP for name in names), default=0)
+    top = CAPTION_HEIGHT if captions else 0
+    size = (side + columns * pitch_x + GAP, top + rows * pitch_y + GAP)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
     for column, caption in enumerate(captions):
-        caption = fitting(caption, font, pitch_x)
-        draw.text((GAP + column * pitch_x, 2), caption, fill="black", font=font)
+        caption = fitting(caption, font, pitch_x if len(captions) > 1 else canvas.width)
+        draw.text((side + GAP + column * pitch_x, 2), caption, fill="black", font=font)
+    for row, name in enumerate(names):
+        middle = top + row * pitch_y + pitch_y // 2
+        draw.text((GAP, middle), name, fill="black", font=font, anchor="lm")
     for i, image in enumerate(images):
-        left, upper = i % columns * pitch_x, top + i // columns * pitch_y
+        left, upper = side + i % columns * pitch_x, top + i // columns * pitch_y
         around = (left, upper, left + pitch_x + GAP - 1, upper + pitch_y + GAP - 1)
         draw.rectangle(around, fill=GAP_COLOR)  # a cell without an image stays white
         image = image.repeat(3 // channels, axis=0)  # (3, H, W): gray becomes RGB
@@ -124,10 +133,29 @@ def scatter(
     settings = plane_axes(np.asarray(clouds[-1] if like is None else like))
     settings |= {"xlabel": labels[0], "ylabel": labels[1]}
     for axes, title, cloud in zip(panels, titles, clouds, strict=False):  # the title may be spare
-        size = min(8.0, 4000 / max(1, len(cloud)) + 0.8)  # smaller where there are many
-        axes.scatter(*np.asarray(cloud).T, s=size, linewidths=0, alpha=0.6)
+        cloud = np.asarray(cloud)
+        axes.scatter(*cloud.T, s=marker_size(len(cloud)), linewidths=0, c=shades(cloud))
         axes.set(**settings, title=f"{plain(title)} ({len(cloud):,})")
     return figure
+
+
+def marker_size(count):
+    """Return the area of each of so many points, smaller where there are many."""
+    return min(20.0, 4000 / max(1, count) + 0.8)
+
+
+def shades(points):
+    """Return the color of each of the points (N, 2): the darker, the more points lie near it.
+
+    Near is the same cell of a grid; few points, of which this would say little, are dark."""
+    if len(points) < MIN_SHADED:
+        return "tab:blue"
+    low, high = np.percentile(points, (1, 99), axis=0)  # (2,) each: strays get no cells
+    scaled = (points - low) / np.where(high > low, high - low, 1.0)
+    cells = (scaled * CELLS).clip(0, CELLS - 1).astype(int)  # (N, 2)
+    _, cell, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
+    share = counts[cell.reshape(-1)] / np.percentile(counts, 95)
+    return colormaps["Blues"](0.4 + 0.6 * share.clip(0, 1))  # (N, 4)
 
 
 def plane_axes(points):

@@ -14,10 +14,12 @@ from ddp.data.files import counted
 from ddp.io.figures import (
     LOG_SNR_LABEL,
     grid,
+    marker_size,
     num_fitting,
     plain,
     plane_axes,
     scatter,
+    shades,
     side_by_side,
     to_pil,
 )
@@ -31,7 +33,7 @@ POINT_NUMBERS = 1 << 22
 MAX_LINES = 4  # channels of a sequence that are shown, the first
 UNLIKE = 3  # times the least range of a channel: beyond it channels share no axis
 BINS = 50
-PATHS = 40  # from noise to data, that are shown
+PATHS = 12  # from noise to data, that are shown
 COMPONENT_ITEMS = 1000  # of which principal components are computed
 
 
@@ -235,11 +237,11 @@ def components(sets, titles, like):
 # ---- from noise to data ----
 
 
-def strip(states, levels, like, end="sample"):
+def strip(states, levels, like, end="sample", names=()):
     """Return a PIL image of a few items on their way from noise to data, left to right.
 
     states: (N, *event) at each of some times. levels: their log-SNR. like: as of draw_items.
-    end: what the last are called."""
+    end: what the last are called. names: of images, a text left of each."""
     titles = ["noise" if level == -math.inf else f"log-SNR {level:.1f}" for level in levels]
     titles[-1] = end
     like = np.asarray(like)
@@ -247,26 +249,29 @@ def strip(states, levels, like, end="sample"):
     if states[0].ndim == 4:
         shown = np.stack([displayed(state, like) for state in states], axis=1)  # (N, T, ...)
         shown = shown.reshape(-1, *shown.shape[2:])
-        return grid(shown, len(states), [title.removeprefix("log-SNR ") for title in titles])
+        titles = [title.removeprefix("log-SNR ") for title in titles]
+        return grid(shown, len(states), titles, names)
     if states[0].ndim == 3:
         return to_pil(lines(states, titles, 1, like))
     if states[0].shape[1] != 2:
         return to_pil(spread(states, levels))
-    return to_pil(paths(states, titles))
+    return to_pil(paths(states, titles, like))
 
 
-def paths(states, titles):
-    """Return a Figure of points (N, 2) at each of some times, and the paths of the first."""
+def paths(states, titles, like):
+    """Return a Figure of points (N, 2) at each of some times, and the paths of the first.
+
+    All on the same axes, which hold the points at all times and those of `like`."""
+    settings = plane_axes(np.concatenate([*states, like])) | {"xticks": [], "yticks": []}
     figure = Figure(figsize=(2.4 * (len(states) + 1), 2.8), layout="constrained")
     panels = figure.subplots(1, len(states) + 1)
     for axes, title, points in zip(panels, titles, states, strict=False):
-        axes.scatter(*points.T, s=2, linewidths=0, alpha=0.6)
-        axes.set(**plane_axes(points), title=title, xticks=[], yticks=[])
+        axes.scatter(*points.T, s=marker_size(len(points)), linewidths=0, c=shades(points))
+        axes.set(**settings, title=title)
     ways = np.stack(states)[:, :PATHS]  # (T, PATHS, 2)
-    panels[-1].plot(ways[:, :, 0], ways[:, :, 1], color="tab:blue", linewidth=0.6, alpha=0.4)
-    panels[-1].scatter(*ways[-1].T, s=6, color="black", zorder=3)
-    axes = plane_axes(ways.reshape(-1, 2))
-    panels[-1].set(**axes, title=f"{ways.shape[1]} paths", xticks=[], yticks=[])
+    panels[-1].plot(*ways.transpose(2, 0, 1), linewidth=0.8, alpha=0.7)  # PATHS lines
+    panels[-1].scatter(*ways[-1].T, s=8, color="black", zorder=3)
+    panels[-1].set(**settings, title=counted(ways.shape[1], "path"))
     return figure
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ddp.data import load_dataset, to_data
 from ddp.editing import changes, edited_samples, sample_mc_dropout
-from ddp.io.edit_inputs import grid_options
+from ddp.io.edit_inputs import grid_options, in_rows
 from ddp.io.item_figures import draw_items, room
 from ddp.io.run_dir import data_source
 from ddp.options import SamplerOptions
@@ -35,6 +35,8 @@ def picture(model, seed, classes=(), dataset=None):
     samples that say little alone, all but pixels. Raises FloatingPointError, see sample."""
     options = SamplerOptions().resolve(model)
     count = min(SAMPLES, room(model.event))
+    shown = grid_options(None, classes=classes if model.is_image and model.num_classes else ())
+    count = in_rows(count, shown.get("columns"))
     indices = torch.arange(count)
     label = cycle_labels(model, indices)  # (N,) or None
     parts = []
@@ -42,8 +44,6 @@ def picture(model, seed, classes=(), dataset=None):
         labels = None if label is None else label[part]
         x0 = sample(model, part, seed, labels, **options)  # (B, *event)
         parts.append(to_data(x0, model.units).cpu())
-    in_columns = model.is_image and model.num_classes
-    shown = grid_options(None, classes=classes if in_columns else ())
     reference = None if model.is_pixels or dataset is None else dataset.shown(count)
     return draw_items(torch.cat(parts), reference, **shown)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ddp.io.edit_inputs import in_rows
 from ddp.io.figures import save_animation, save_png
 from ddp.io.files import atomic_dir, next_free_path, require_absent, shown_path
 from ddp.io.item_figures import displayed, draw_items, num_images, room, strip
@@ -102,7 +103,8 @@ class SampleWriter(contextlib.ExitStack):
         if not self.is_image:
             most = ANIMATED_POINTS if len(self.event) == 1 else ANIMATED_SEQUENCES
             return min(self.total, most)
-        return min(self.total, ANIMATED_IMAGES, num_images(self.event, ANIMATED_PIXELS))
+        count = min(self.total, ANIMATED_IMAGES, num_images(self.event, ANIMATED_PIXELS))
+        return in_rows(count, self.options.get("columns"))
 
     @property
     def needs_states(self):
@@ -204,12 +206,15 @@ class SampleWriter(contextlib.ExitStack):
         """Write a GIF and a strip of states, each (log-SNR, items like those of `add`)."""
         states = thin_out(states, MAX_FRAMES)
         if "gif" in self.formats:
-            frames = [draw_items(state, like=self.like) for _, state in states]
+            kept = {k: v for k, v in self.options.items() if k in ("columns", "captions")}
+            frames = [draw_items(state, like=self.like, **kept) for _, state in states]
             save_animation(frames, self.folder / "process.gif")
         if "strip" in self.formats:
             few = STRIP_IMAGES if self.is_image else self.num_animated
             levels, items = zip(*thin_out(states, STRIP_TIMES), strict=True)
-            image = strip([each[:few] for each in items], levels, self.like)
+            classes = self.options.get("captions")
+            names = [classes[i % len(classes)] for i in range(few)] if classes else ()
+            image = strip([each[:few] for each in items], levels, self.like, names=names)
             save_png(image, self.folder / "strip.png")
 
     def animate_ways(self, items, columns):

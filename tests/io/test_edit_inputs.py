@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ddp.io.edit_inputs import check_edit, grid_options, read_edit_inputs
+from ddp.io.edit_inputs import check_edit, grid_options, in_rows, read_edit_inputs
 from ddp.options import SamplerOptions
 
 EVENT = (1, 8, 8)
@@ -75,9 +75,14 @@ def test_samples_without_an_edit_are_64_and_of_points_more():
     assert read_edit_inputs(points, {"steps": 20}, 20, 0, None, None)[1] == 2000
 
 
+def test_rows_are_full_where_there_is_one():
+    assert [in_rows(64, columns) for columns in (None, 1, 10, 64, 65)] == [64, 64, 60, 64, 64]
+
+
 def test_classes_have_a_column_each_where_there_is_room():
     assert grid_options(None, classes=["a", "b"]) == {"columns": 2, "captions": ["a", "b"]}
-    assert grid_options(None, classes=["a"]) == {}
+    assert grid_options(None, classes=["a"]) == {"captions": ["a"]}  # over all
+    assert grid_options(None, classes=["a", "b"], count=1) == {}
     assert grid_options(None, classes=["a"] * 21) == {}
     assert "captions" not in grid_options("image", classes=["a", "b"])
     assert grid_options("image")["titles"][1] == "given"

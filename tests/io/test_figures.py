@@ -246,6 +246,26 @@ def test_captions_stand_above_the_columns_and_empty_cells_are_white():
     assert (plain[-30:-10, 10:30] == 0).all()
 
 
+def test_names_stand_left_of_the_rows():
+    images = np.zeros((4, 1, 48, 48), np.uint8)
+    plain = np.asarray(figures.grid(images, columns=2))
+    named = np.asarray(figures.grid(images, columns=2, names=["a", "bb" * 90]))
+    side = named.shape[1] - plain.shape[1]
+    assert (named[:, side:] == plain).all()
+    assert figures.MAX_NAME_PIXELS / 2 < side <= figures.MAX_NAME_PIXELS + 3 * figures.GAP
+    for row in range(2):
+        assert (named[row * 50 : (row + 1) * 50, :side] != 255).any()
+
+
+def test_points_are_darker_where_there_are_more():
+    random = np.random.default_rng(0)
+    many, few = random.normal(0, 0.1, (900, 2)), random.normal(3, 0.5, (100, 2))
+    colors = figures.shades(np.concatenate([many, few]))  # (1000, 4)
+    assert colors[:900].mean() < colors[900:].mean() - 0.05
+    assert figures.shades(few) == "tab:blue"
+    assert len(figures.shades(np.zeros((1000, 2)))) == 1000  # all in one place
+
+
 def test_what_was_given_stands_left_of_what_came_of_it():
     items = np.zeros((1, 1, 48, 48), np.uint8)
     given = np.full((1, 1, 48, 48), 255, np.uint8)

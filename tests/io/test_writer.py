@@ -37,6 +37,16 @@ def write(path, formats, items, reference=None, **options):
     return writer.written
 
 
+def test_classes_have_a_column_in_an_animation_and_a_name_in_a_strip(tmp_path):
+    options = {"columns": 5, "captions": list("abcde")}
+    paths = {path.stem: path for path in write(tmp_path / "s", FORMATS, IMAGES, **options)}
+    with Image.open(paths["process"]) as animation:
+        assert animation.width == 5 * (6 * 6 + 2) + 2  # whose cells are 48 pixels high
+        assert animation.height == 18 + 2 * 50 + 2  # two full rows
+    with Image.open(paths["strip"]) as image:
+        assert 4 < image.width - (3 * 38 + 2) < 20  # the names of eight rows
+
+
 @pytest.mark.parametrize("items", [IMAGES, IMAGES[:, :1], POINTS])
 def test_every_format_holds_the_items(tmp_path, items):
     written = write(tmp_path / "s", FORMATS, items)

@@ -240,6 +240,12 @@ def test_labels_are_chosen_by_number_or_name(trained, tmp_path):
     assert "label" in refused("generate.py", *flags, "--label", "11", cwd=tmp_path)
 
 
+def test_without_a_number_every_class_has_as_many_samples(trained, tmp_path):
+    flags = ["--checkpoint", trained / "digits" / "model.pth", "--steps", 1]
+    assert generate(*flags, cwd=tmp_path)["labels"].tolist() == [*range(10)] * 6
+    assert generate(*flags, "--label", 3, cwd=tmp_path, name="b")["labels"].tolist() == [3] * 64
+
+
 def test_precision_of_sampling_changes_little(tmp_path):
     images = []
     for precision in ("fp32", "bf16"):
