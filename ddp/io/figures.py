@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, LogLocator, NullLocator, StrMethodFormatter
+from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 
@@ -287,7 +287,9 @@ def metric_ratios(spaces):
     axes.set_yticks(
         range(len(rows)), [plain(name) for name in names]
     )  # y is the row, from the bottom
-    axes.xaxis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
+    low, high = axes.get_xlim()
+    few = high < 5 * low  # which the marks 1, 2, 5, 10 would not tell
+    axes.xaxis.set_major_locator(MaxNLocator(6) if few else LogLocator(base=10, subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(visible=False, axis="y")

@@ -293,7 +293,8 @@ def neighbors(items, nearest):
     pairs = np.stack([items, nearest], axis=1)  # (N, 2, *event)
     if items.ndim == 4:
         flat = pairs.reshape(-1, *items.shape[1:])
-        return grid(displayed(flat, nearest), columns=8)
+        captions = ["sample", "nearest"] * min(4, len(items))
+        return grid(displayed(flat, nearest), len(captions), captions)
     if items.ndim == 2 and items.shape[1] == 2:
         figure = Figure(figsize=(5, 5), layout="compressed")
         axes = figure.subplots()

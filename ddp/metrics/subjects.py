@@ -172,13 +172,14 @@ def parse_subject(text):
 
 
 def distinct_names(subjects):
-    """A name for each Subject: its own; else the file's, with its folder where two are alike."""
+    """A name for each Subject: its own; else its run's or file's, both where two are alike."""
     spellings = []  # of each subject, from short to long
     for subject in subjects:
         path = Path(subject.path)
         options = "".join(f" {key}={value}" for key, value in subject.options.items())
         short = path.stem if path.stem else path.resolve().name  # of "." and the like
-        paths = [short, f"{path.resolve().parent.name}/{short}", subject.path]
+        folder = path.resolve().parent.name
+        paths = [folder if path.name in RUN_MODELS else short, f"{folder}/{short}", subject.path]
         spellings.append([subject.name] if subject.name else [path + options for path in paths])
     names = []
     for i, spelling in enumerate(spellings):

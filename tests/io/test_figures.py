@@ -153,7 +153,7 @@ def test_neighbors_are_pairs():
     items = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
     nearest = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8)
     pairs = torch.stack([items, nearest], dim=1).flatten(0, 1)
-    expected = figures.grid(pairs, columns=8)
+    expected = figures.grid(pairs, 8, ["sample", "nearest"] * 4)
     assert (np.asarray(item_figures.neighbors(items, nearest)) == np.asarray(expected)).all()
     assert item_figures.neighbors(torch.randn(3, 2), torch.randn(3, 2)).width > 100
 

@@ -170,8 +170,8 @@ def test_comparison_is_paired(trained, tmp_path):
     paths = [trained / "digits" / "model.pth", trained / "digits" / "step_00000018.pth", "real.npy"]
     evaluation, text = evaluated("--compare", *paths, *FEW, cwd=tmp_path)
     names = [subject["name"] for subject in evaluation["subjects"]]
-    assert names == ["model", "step_00000018", "real"]
-    assert "model: test loss by noise level" in text  # as it comes
+    assert names == ["digits", "step_00000018", "real"]
+    assert "digits: test loss by noise level" in text  # as it comes
     rows = {(row["subject"], row["path"]): row["difference"] for row in evaluation["comparison"]}
     a, b = (subject["vlb"]["discrete"]["total"] for subject in evaluation["subjects"][:2])
     difference = rows["step_00000018", "vlb/discrete/total"]
@@ -180,7 +180,7 @@ def test_comparison_is_paired(trained, tmp_path):
     assert ("real", "vlb/discrete/total") not in rows
     assert ("step_00000018", "loss/log-SNR 4.79/v") in rows
     assert rows["real", "pixels/fd/samples"]["value"] < 0
-    assert "step_00000018 - model" in text
+    assert "step_00000018 - digits" in text
     assert "classifier/precision" in text
     page = (tmp_path / "e" / "evaluation.html").read_text()
     assert page.count("<h2>") == 4  # three subjects and the recipe
@@ -194,9 +194,9 @@ def test_comparison_of_runs_that_call_their_models_alike(trained, tmp_path):
     flags = ["--compare", "first.npy", "a/model.pth", "b/model.pth", "--metrics", "loss,pixels"]
     evaluation, text = evaluated(*flags, *FEW, cwd=tmp_path)
     names = [subject["name"] for subject in evaluation["subjects"]]
-    assert names == ["first", "a/model", "b/model"]
+    assert names == ["first", "a", "b"]
     rows = {(row["subject"], row["path"]): row["difference"] for row in evaluation["comparison"]}
-    assert rows["a/model", "loss/log-SNR 4.79/v"] is None  # samples have no loss to compare with
+    assert rows["a", "loss/log-SNR 4.79/v"] is None  # samples have no loss to compare with
     assert "pixels/fd" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "e", "first.npy"]
     assert len(list((tmp_path / "e").glob("2-a_model-*.png"))) == 3
