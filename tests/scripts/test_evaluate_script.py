@@ -199,7 +199,7 @@ def test_comparison_of_runs_that_call_their_models_alike(trained, tmp_path):
     assert rows["a", "loss/log-SNR 4.79/v"] is None  # samples have no loss to compare with
     assert "pixels/fd" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "e", "first.npy"]
-    assert len(list((tmp_path / "e").glob("2-a_model-*.png"))) == 3
+    assert len(list((tmp_path / "e").glob("2-a-*.png"))) == 3
 
 
 def test_one_model_is_compared_under_two_samplers(trained, tmp_path):
