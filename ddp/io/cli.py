@@ -133,6 +133,10 @@ def add_config_flags(parser, config_class, title=None):
             if not alias:  # a flag that kept its name; else the old values go with the old name
                 options["type"] = reader
         add_flag(group, field.name, alias, reader, **options)
+        if options.get("action") == "store_true":  # which a config.json may have turned on
+            names = [f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"]
+            off = {"action": "store_false", "default": argparse.SUPPRESS}
+            group.add_argument(*names, dest=field.name, help=argparse.SUPPRESS, **off)
 
 
 def argparse_options(field):
@@ -265,9 +269,7 @@ def load_plugins(arguments=None):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plugin", action="append", nargs="?", default=[])
     PLUGINS[:] = parser.parse_known_args(arguments)[0].plugin
-    for path in PLUGINS:
-        if path is None:
-            continue  # the script's own parser will say that a value is missing
+    for path in filter(None, PLUGINS):  # the script's own parser tells that a value is missing
         if not os.path.isfile(path):
             raise OSError(f"plugin={path}: there is no such file")
         try:

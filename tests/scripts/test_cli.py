@@ -255,6 +255,14 @@ def test_sampler_options_tell_zero_from_not_given():
         assert (options.eta, options.cfg_scale, options.steps) == (0, 0, None)
 
 
+def test_a_switch_is_turned_off_again():
+    parse = importlib.import_module("train").parse
+    assert not hasattr(parse([]), "class_cond")
+    assert parse(["--class_cond"]).class_cond
+    for spelling in ("--no_class_cond", "--no-class-cond"):
+        assert parse([spelling]).class_cond is False
+
+
 # ---- errors and exit codes ----
 
 
