@@ -13,7 +13,7 @@ from pathlib import Path, PurePath
 import torch
 
 from ddp.io.checkpoint import provenance
-from ddp.io.figures import loss_by_level, loss_curve, rate_curve
+from ddp.io.figures import loss_by_level, rate_curve
 from ddp.io.page import html_figures, html_page, write_html
 from ddp.io.run_lock import read_record
 from ddp.metrics.likelihood import loss_by_noise_level
@@ -39,16 +39,17 @@ function show(shown) {{
 </script>"""
 
 
-def write_page(folder, trainer, rows, levels):
+def write_page(folder, trainer, rows, curve, levels):
     """Write report.html into a run's folder.
 
-    rows: of log.csv, see run_log.read_log. levels: see loss_levels."""
+    rows: of log.csv, see run_log.read_log. curve: a picture of their loss, or None. levels: see
+    loss_levels."""
     config = trainer.config
     chosen = {name: value for name, value in asdict(config).items() if name not in PLACES}
     name = PurePath(config.dataset).name  # no path: the page may be sent around
     settings = {"data": name, "chosen": chosen, "provenance": provenance(trainer.dataset)}
     figures = {
-        "loss: of training, and of items that no gradient sees": loss_curve(rows) if rows else None,
+        "loss: of training, and of items that no gradient sees": curve,
         "loss of the EMA model by noise level": loss_by_level(levels),
         "learning rate, and norm of the gradient": rate_curve(rows) if rows else None,
     }

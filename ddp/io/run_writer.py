@@ -282,23 +282,24 @@ class RunWriter:
         paths = [self.folder / "samples" / f"step_{trainer.step:08d}.png", self.folder / "loss.png"]
         try:
             rows = read_log(self.folder)  # another program may hold it
-            if rows:
-                atomic_write(paths[1], partial(save_png, to_pil(loss_curve(rows))))
+            curve = to_pil(loss_curve(rows)) if rows else None
+            if curve:
+                atomic_write(paths[1], partial(save_png, curve))
             atomic_write(paths[0], partial(save_png, draw_samples(trainer)))
         except FloatingPointError:  # of points, early in a run; the weights are finite
             return f"step {trainer.step:,}: samples are not finite yet, no image written"
         except OSError as error:
             return f"warning: a picture cannot be written ({error}); the run goes on"
-        self.write_reports(trainer, rows, paths[0])
+        self.write_reports(trainer, rows, curve, paths[0])
         return f"step {trainer.step:,}: wrote {self.names(p for p in paths if p.exists())}"
 
-    def write_reports(self, trainer, rows, grid):
+    def write_reports(self, trainer, rows, curve, grid):
         """Write report.html and, if wanted, TensorBoard's files; where that fails, warn.
 
-        rows: of log.csv. grid: the path of the picture of samples."""
+        rows: of log.csv. curve: the picture of the loss. grid: the path of that of samples."""
         try:
             levels = loss_levels(trainer)
-            write_page(self.folder, trainer, rows, levels)
+            write_page(self.folder, trainer, rows, curve, levels)
             if self.board:
                 self.board.add_samples(trainer, grid, levels)
         except Exception as error:
