@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 import shutil
 import textwrap
 from collections import namedtuple
@@ -169,6 +170,7 @@ def latex(tables):
     for table in tables:
         note = f": {table.note}" if table.note else ""
         lines += [r"\begin{table}", r"\centering", rf"\caption{{{text(table.title + note)}}}"]
+        lines.append(rf"\label{{tab:{re.sub(r'[^a-z0-9]+', '-', table.title.lower())}}}")
         lines.append(rf"\begin{{tabular}}{{l{'r' * (len(table.head) - 1)}}}")
         lines += [r"\toprule", " & ".join(map(text, table.head)) + r" \\", r"\midrule"]
         lines += [" & ".join(map(text, row)) + r" \\" for row in table.rows]
