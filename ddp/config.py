@@ -274,8 +274,8 @@ class Config:
             raise ValueError(f"{names} are for images and sequences, not points")
         if kind != "images" and self.augment != "none":
             raise ValueError(f"augment={self.augment} is for images, not {kind}")
-        preset = FALLBACKS | preset_of(self.dataset, kind, self.size, self.preset)
-        preset.setdefault("network", "mlp" if kind == "points" else "unet")
+        of_data = preset_of(self.dataset, kind, self.size, self.preset, len(dataset.train))
+        preset = FALLBACKS | {"network": "mlp" if kind == "points" else "unet"} | of_data
         preset["shards"] = default_shards()
         chosen = {name: value for name, value in preset.items() if getattr(self, name) is None}
         if chosen.get("attention_resolutions"):

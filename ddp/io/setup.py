@@ -23,7 +23,9 @@ def build_trainer(config, dataset, device, state, tell, weights=None):
     elif weights:
         for model in (trainer.model, trainer.ema):
             model.network.load_state_dict(weights)
-    tell(f"network: {trainer.num_params:,} parameters on {device}, trained in {precision}")
+    dropout = f", dropout {trainer.config.dropout:g}" if trainer.config.dropout else ""
+    network = f"network: {trainer.num_params:,} parameters on {device}"
+    tell(f"{network}, trained in {precision}{dropout}")
     for line in (parts_line(config), choose_training_threads(trainer)):
         if line:
             tell(line)

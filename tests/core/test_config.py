@@ -11,15 +11,35 @@ from tiny import random_points
 from ddp.config import RESUMABLE_FIELDS, Config, resume_config
 from ddp.model import build_model
 from ddp.options import SamplerOptions, count_or_auto, expected
-from ddp.presets import OLD_NAMES, OLD_VALUES, PRESETS, PURPOSES, SIZES
+from ddp.presets import (
+    FEW_DROPOUT,
+    FEW_ITEMS,
+    OLD_NAMES,
+    OLD_VALUES,
+    PRESETS,
+    PURPOSES,
+    SIZES,
+)
 from ddp.reverse import MLP, NETWORKS, UNet
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+MANY = range(1000)  # training items
 IMAGES = SimpleNamespace(
-    classes=["a", "b"], train_labels=[0, 1], is_image=True, is_pixels=True, event=(1, 8, 8)
+    classes=["a", "b"],
+    train=MANY,
+    train_labels=[0, 1],
+    is_image=True,
+    is_pixels=True,
+    event=(1, 8, 8),
 )
 POINTS = SimpleNamespace(
-    classes=[], train_labels=None, is_image=False, is_pixels=False, event=(2,), units=None
+    classes=[],
+    train=MANY,
+    train_labels=None,
+    is_image=False,
+    is_pixels=False,
+    event=(2,),
+    units=None,
 )
 HUGE = 10**400  # more than a float holds
 
@@ -270,7 +290,7 @@ def test_resolve_refuses_what_the_data_cannot_do(fields, data, name):
 
 def test_resolve_refuses_class_names_without_labels():
     """They are of a test set, or of nothing."""
-    data = SimpleNamespace(classes=["a", "b"], train_labels=None, is_image=True)
+    data = SimpleNamespace(classes=["a", "b"], train_labels=None, train=MANY, is_image=True)
     with pytest.raises(ValueError, match="class_cond"):
         Config(class_cond=True).resolve(data)
 
@@ -429,7 +449,7 @@ KINDS = {
 
 def resolved(dataset, **fields):
     """Return the Config that is chosen for a dataset."""
-    data = SimpleNamespace(classes=[], train_labels=None, event=KINDS[dataset])
+    data = SimpleNamespace(classes=[], train_labels=None, train=MANY, event=KINDS[dataset])
     return Config(dataset=dataset, **fields).resolve(data)
 
 
@@ -453,6 +473,14 @@ def test_size_s_is_the_preset_and_the_default():
     assert num_params(resolved("some/folder")) == 1_057_324
 
 
+def test_few_images_get_dropout():
+    few = SimpleNamespace(**vars(IMAGES) | {"train": range(FEW_ITEMS - 1)})
+    assert Config(dataset="some/folder").resolve(few).dropout == FEW_DROPOUT
+    assert Config(dataset="some/folder", dropout=0.0).resolve(few).dropout == 0
+    few.train = range(FEW_ITEMS)
+    assert Config(dataset="some/folder").resolve(few).dropout == 0
+
+
 def test_size_l_of_color_images_is_of_the_class_of_ddpm():
     """35.7 M weights, Ho et al. 2020, appendix B."""
     config = resolved("some/folder", size="l")
@@ -472,7 +500,7 @@ def test_size_l_of_color_images_is_of_the_class_of_ddpm():
     ],
 )
 def test_attention_of_a_size_is_on_the_largest_map_of_at_most_16(event, attention):
-    data = SimpleNamespace(classes=[], train_labels=None, event=event)
+    data = SimpleNamespace(classes=[], train_labels=None, train=MANY, event=event)
     config = Config(dataset="mine", size="l").resolve(data)
     assert config.attention_resolutions == attention
     with torch.device("meta"):
@@ -499,7 +527,7 @@ def test_a_field_that_is_given_wins_over_the_size(fields):
 
 def test_a_preset_of_ones_own_is_changed_by_size_as_its_kind(monkeypatch):
     monkeypatch.setitem(PRESETS, "mine", PRESETS["images"] | {"noise_copies": 3})
-    data = SimpleNamespace(classes=[], train_labels=None, event=(3, 32, 32))
+    data = SimpleNamespace(classes=[], train_labels=None, train=MANY, event=(3, 32, 32))
     config = Config(dataset="mine", size="m").resolve(data)
     assert config.noise_copies == 3
     assert config.channels_base == SIZES["m"]["images"]["channels_base"]
@@ -507,7 +535,7 @@ def test_a_preset_of_ones_own_is_changed_by_size_as_its_kind(monkeypatch):
 
 def test_a_preset_may_set_what_has_a_fallback(monkeypatch):
     monkeypatch.setitem(PRESETS, "mine", PRESETS["images"] | {"lr": 0.5, "ema_decay": 0.25})
-    data = SimpleNamespace(classes=[], train_labels=None, event=(3, 32, 32))
+    data = SimpleNamespace(classes=[], train_labels=None, train=MANY, event=(3, 32, 32))
     config = Config(dataset="mine").resolve(data)
     assert (config.lr, config.ema_decay) == (0.5, 0.25)
     assert Config(dataset="mine", lr=1e-3).resolve(data).lr == 1e-3  # given, though the fallback
