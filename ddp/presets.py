@@ -22,7 +22,6 @@ PRESETS = {
         "dropout": 0.0,
         "noise_copies": 1,
         "noise_dist": "lognormal",
-        "prediction": "edm",  # nearer samples than v, and a likelihood that is not as good
     },
     "points": {
         "channels_base": 128,
@@ -34,8 +33,8 @@ PRESETS = {
         "noise_dist": "stratified",
     },
 }
-PRESETS["sequences"] = PRESETS["images"] | {"prediction": "v"}  # not measured on sequences
-PRESETS["mnist"] = PRESETS["sequences"] | {"blocks_per_level": 4, "channel_mult": [1, 2]}
+PRESETS["sequences"] = PRESETS["images"]  # not measured on sequences
+PRESETS["mnist"] = PRESETS["images"] | {"blocks_per_level": 4, "channel_mult": [1, 2]}
 PRESETS["fashion_mnist"] = PRESETS["mnist"]
 
 # What of them another size changes: m is twice as wide, about 4 times the weights and the time.
