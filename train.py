@@ -28,7 +28,7 @@ def parse(arguments=None):
     """Return the flags that were given; those of the hyper-parameters are made from Config."""
     parser = cli.make_parser(__doc__, argument_default=argparse.SUPPRESS)
     add_flag(parser, "resume", metavar="PATH", help="a checkpoint or run, or auto: the newest run")
-    help = "a config.json of another run: its fields, unless a flag (or no_FLAG) says otherwise"
+    help = "a config.json of another run: its fields, unless a flag (no_SWITCH) says otherwise"
     add_flag(parser, "config", type=cli.path, metavar="FILE", help=help)
     help = "a checkpoint with whose weights a new run starts, to fine-tune them"
     add_flag(parser, "init_from", type=cli.path, metavar="PATH", help=help)

@@ -94,8 +94,9 @@ def training_command(folder):
 def figure_lines(checkpoint):
     """Return a table of what evaluate.py measured of this very file, if its results lie beside."""
     unknown = ["It was not measured, or the results do not lie beside it."]
-    evaluation, subject = next(find_evaluations(checkpoint), ({}, {}))
     try:
+        found = [each for each in find_evaluations(checkpoint) if figure_rows(each[1])]
+        evaluation, subject = found[0] if found else ({}, {})
         rows = figure_rows(subject)
         recipe = evaluation.get("recipe", {})
         about = subject.get("about", {})

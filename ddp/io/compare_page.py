@@ -26,7 +26,7 @@ from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings, t_quanti
 from ddp.metrics.verdict import terms_of
 
 NOT_MEASURED = "no figures of samples; evaluate.py measures them"
-BOLD = "bold or *: the best, and what is not told from it at 95%, where anything is; "
+BOLD = "bold, in a terminal *: the best, and what is not told from it at 95%, where anything is; "
 BOLD += "by chance 1 row in 20 is"
 ONE_TRAINING = "One training each: this shows the networks, not which way of training is better."
 
@@ -138,10 +138,20 @@ def figure_text(estimates):
 def verdict(groups, tables):
     """What the figures in the tables of Groups say, in sentences."""
     best = {group.name: [] for group in groups}  # name of a group -> figures
-    for row in [row for table in tables if table.title == "figures" for row in table.rows]:
-        for name, cell in zip(best, row[1:], strict=False):
-            best[name] += [row[0].rstrip(" ↓↑")] if isinstance(cell, Best) else []
-    if len(groups) < 2:
+    levels = dict.fromkeys(best, 0)  # how many of the losses by noise level
+    compared = 0  # figures that two groups have
+    for table in [table for table in tables if table.title in ("figures", LOSS_TABLE)]:
+        for row in table.rows:
+            cells = row[1 : 1 + len(groups)]
+            compared += sum(map(bool, cells)) > 1
+            for name, cell in zip(best, cells, strict=True):
+                if isinstance(cell, Best) and table.title == LOSS_TABLE:
+                    levels[name] += 1
+                elif isinstance(cell, Best):
+                    best[name].append(row[0].rstrip(" ↓↑"))
+    for name, count in levels.items():
+        best[name] += [f"{counted(count, 'row')} of the {LOSS_TABLE}"] if count else []
+    if not compared:
         return []
     better = "is better" if len(groups) == 2 else "is best, or cannot be told from the best,"
     lines = [f"{name} {better} in {', '.join(names)}." for name, names in best.items() if names]

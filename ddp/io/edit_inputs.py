@@ -10,6 +10,7 @@ from ddp.sampling import SAMPLERS
 
 DEFAULT_COUNT = 64  # samples, where nothing says how many
 DEFAULT_POINTS = 2000  # the same of points
+FEW_COLUMNS = 8  # of a grid of few classes
 MAX_CLASSES = 20  # that have a column each
 
 
@@ -103,17 +104,21 @@ def parse_labels(text, model, classes, of_edit=False):
 def grid_options(name, mc_dropout=None, classes=(), count=DEFAULT_COUNT):
     """Return how SampleWriter shows samples: titles of an edit, or the number of columns.
 
-    classes: the names of those that plain samples are of, in turn: a column each, where `count`
-    samples are so many."""
+    classes: the names of those that plain samples are of, in turn: a column each, or some, of
+    those that `count` samples come to."""
     if mc_dropout:
         return {"titles": (f"mean of {mc_dropout}", "std, from least to most"), "own_scale": True}
     if name == "interpolate":
         return {"columns": FRAMES, "is_way": True}
     if name and EDITS[name].title:
         return {"titles": (EDITS[name].title, "given"), "given_first": True}
-    if name or not classes or len(classes) > min(count, MAX_CLASSES):
+    classes = list(classes[:count])
+    if name or not classes or len(classes) > MAX_CLASSES:
         return {}
-    return {"captions": classes} | ({"columns": len(classes)} if len(classes) > 1 else {})
+    if len(classes) == 1:
+        return {"captions": classes}
+    classes *= max(1, min(count, FEW_COLUMNS) // len(classes))  # of two classes four columns each
+    return {"columns": len(classes), "captions": classes}
 
 
 def in_rows(count, columns):

@@ -26,12 +26,14 @@ OF_THE_LOSS |= {"zero_terminal_snr", "noise_dist", "weighting"}
 # what of an evaluation does not change its figures
 NOT_OF_THE_RECIPE = {
     "metrics",
+    "feature_spaces",  # of which each is compared by itself
     "device",
     "command",
     "batch_size",
     "provenance",
     "inception_weights",
 }
+FEATURES_OF = "features of "  # in a recipe; an evaluation without that space says nothing of it
 NOT_OF_THE_SAMPLES = {"checkpoint", "sha256", "step", "provenance", "summary"}
 
 
@@ -49,6 +51,7 @@ class Run:
     figures: dict  # path such as "pixels/fd/samples" -> estimate, {value, error, interval}
     real: dict  # the same path -> estimate of real items in the place of samples
     recipe: dict  # how the figures were measured; {}: they were not
+    left_out: int  # evaluations of another recipe
 
     @property
     def val_losses(self):
@@ -102,7 +105,7 @@ def read_run(path, name=None):
     is_toy = len(state["event"]) == 1 and state["units"] is None  # drawn anew for each seed
     settings["data"] = settings["dataset"] if is_toy else origin.get("fingerprint")
     settings["init_from"] = origin_of_weights(checkpoint.parent)
-    figures, real, recipe = measured(checkpoint)
+    figures, real, recipe, left_out = measured(checkpoint)
     return Run(
         name,
         checkpoint,
@@ -114,6 +117,7 @@ def read_run(path, name=None):
         figures,
         real,
         recipe,
+        left_out,
     )
 
 
@@ -135,18 +139,20 @@ def origin_of_weights(folder):
 
 
 def measured(checkpoint):
-    """What evaluate.py measured of a checkpoint: (figures, real, recipe), see Run.
+    """What evaluate.py measured of a checkpoint: (figures, real, recipe, left_out), see Run.
 
     The newest evaluation, and what those of the same recipe have beside it."""
-    figures, real, recipe = {}, {}, {}
+    figures, real, recipe, left_out = {}, {}, {}, 0
     for evaluation, subject in find_evaluations(checkpoint):
         found = recipe_of(evaluation, subject)
-        recipe = recipe or found
-        if found == recipe:
-            more, more_real = compared_figures(subject)
-            figures = more | figures
-            real = more_real | real
-    return figures, real, recipe
+        if recipe and different_keys([recipe, found]):
+            left_out += 1
+            continue
+        more, more_real = compared_figures(subject)
+        figures = more | figures
+        real = more_real | real
+        recipe = found | recipe
+    return figures, real, recipe, left_out
 
 
 def recipe_of(evaluation, subject):
@@ -156,6 +162,8 @@ def recipe_of(evaluation, subject):
     recipe, about = evaluation["recipe"], subject["about"]
     recipe = {key: recipe[key] for key in recipe if key not in NOT_OF_THE_RECIPE}
     recipe |= {key: about[key] for key in about if key not in NOT_OF_THE_SAMPLES}
+    for name, features in (evaluation["recipe"].get("feature_spaces") or {}).items():
+        recipe[FEATURES_OF + name] = features
     recipe["schema"] = evaluation.get("schema")
     recipe["data"] = dataset.get("name" if is_toy else "fingerprint")
     return recipe
@@ -252,24 +260,37 @@ def loss_differences(groups):
     return [f"the losses do not compare: other {', '.join(names)}"] if names else []
 
 
+def different_keys(recipes):
+    """In what recipes differ: key -> its values. A feature space that one lacks is none."""
+    different = {}
+    for key in dict.fromkeys(key for recipe in recipes for key in recipe):
+        having = [recipe for recipe in recipes if key in recipe or not key.startswith(FEATURES_OF)]
+        values = [recipe.get(key) for recipe in having]
+        if any(value != values[0] for value in values):
+            different[key] = values
+    return different
+
+
 def recipe_differences(runs):
     """Lines that say in what the measurements of runs differ, so that figures do not compare."""
-    measured = [run.recipe for run in runs if run.recipe]
     lines = []
-    for key in dict.fromkeys(key for recipe in measured for key in recipe):
-        values = [recipe.get(key) for recipe in measured]
-        if any(value != values[0] for value in values):
-            shown = ", ".join(dict.fromkeys(str(value)[:40] for value in values))
-            lines.append(f"the figures do not compare: {key} differs ({shown})")
+    for key, values in different_keys([run.recipe for run in runs if run.recipe]).items():
+        shown = ", ".join(dict.fromkeys(str(value)[:40] for value in values))
+        lines.append(f"the figures do not compare: {key} differs ({shown})")
     return lines
 
 
 def unmeasured(groups):
-    """Lines that name groups of which some runs have no evaluation, so that it has no figures."""
+    """Lines that name groups without figures, because some or all of their runs have none, where
+    others have; and those with evaluations that were left out."""
     lines = []
+    measured = any(run.figures for group in groups for run in group.runs)
     for group in groups:
         without = [run for run in group.runs if not run.figures]
-        if without and len(without) < len(group.runs):
+        if without and measured:
             share = f"{len(without)} of {len(group.runs)} runs"
             lines.append(f"{group.name}: no figures, {share} have none ({without[0].path.parent})")
+        if any(run.left_out for run in group.runs):
+            line = "older evaluations of another recipe (samples, items, sampler) are left out"
+            lines.append(f"{group.name}: {line}")
     return lines

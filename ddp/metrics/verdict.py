@@ -20,8 +20,8 @@ TERMS = {
     "±": "a standard error: about two thirds of repetitions lie so near.",
     "real vs real": "the figure of real items in the place of samples. No model does better but "
     "by chance, or by copying.",
-    "relative to real": "the figure of the samples over that of real items; 1 is as good. None "
-    "where real items have about 0: of a ratio to that nothing is left but chance.",
+    "relative to real": "the figure of the samples over that of real items; 1 is as good. "
+    "Where that of real items is about 0 there is none: it would be chance.",
     "classifier": "distances are between the features of a small classifier of this dataset, "
     "trained on half of its training items; items of one kind lie near each other.",
     "filters": "distances are between the outputs of fixed random filters, which know textures.",

@@ -53,7 +53,13 @@ def make_run(folder, seed=0, fd=None, recall=0.5, seconds=60.0, recipe=None, **f
         evaluation = {
             "schema": 6,
             "dataset": {"name": "moons", "fingerprint": "5", "event": [2], "standardized": False},
-            "recipe": {"unit": "nats", "num_samples": 100, "seed": 0, **(recipe or {})},
+            "recipe": {
+                "unit": "nats",
+                "num_samples": 100,
+                "seed": 0,
+                "feature_spaces": {"points": {}},
+                **(recipe or {}),
+            },
             "subjects": [{"name": "x", "about": about, **results}],
         }
         (folder / "last-evaluation" / "evaluation.json").write_text(json.dumps(evaluation))
@@ -248,7 +254,10 @@ def test_evaluations_of_one_recipe_are_read_together(tmp_path):
         (subject,) = evaluation["subjects"]
         del subject["points"], subject["loss"]
         subject["values"] = {"fd": row(fd)}
-        evaluation["recipe"]["num_samples"] = count
+        evaluation["recipe"] |= {
+            "num_samples": count,
+            "feature_spaces": {"values": {}, "points": {}},
+        }
         subject |= {"points": {"fd": row(fd)}}
         other = folder / f"last-evaluation-{number}"
         other.mkdir()
@@ -259,6 +268,42 @@ def test_evaluations_of_one_recipe_are_read_together(tmp_path):
     values = {path: each["value"] for path, each in figures.items()}
     assert values["points/fd/samples"] == 1.0  # of the newest
     assert values["values/fd/samples"] == 3.0  # of an older one with as many samples
+    run = read_run(folder)
+    assert run.left_out == 1  # that of 50
+    (line,) = unmeasured(group_runs([run]))
+    assert "are left out" in line
+
+
+def test_another_feature_space_is_no_other_recipe_but_another_classifier_is(tmp_path):
+    spaces = ({"pixels": {}}, {"filters": {}}, {"classifier": {"id": 1}}, {"classifier": {"id": 2}})
+    for i, space in enumerate(spaces):
+        make_run(tmp_path / f"{i}", 0, 1.0, lr=0.1 + i, recipe={"feature_spaces": space})
+    runs = [read_run(tmp_path / f"{i}") for i in range(4)]
+    assert recipe_differences(runs[:3]) == []
+    (line,) = recipe_differences(runs[2:])
+    assert "features of classifier differs" in line
+
+
+def test_nothing_is_said_where_nothing_was_compared(tmp_path):
+    make_run(tmp_path / "a", 0, 1.0)
+    make_run(tmp_path / "b", 0, lr=0.1)
+    groups = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
+    _, _, sentences, warnings = write_comparison(groups, tmp_path / "out", "python x")
+    assert sentences == []
+    (line,) = warnings
+    assert line.startswith("b: no figures")
+
+
+def test_the_losses_by_noise_level_are_told_of_too(tmp_path):
+    for name, lr, loss in (("a", 0.1, 2), ("b", 0.2, 3)):
+        folder = make_run(tmp_path / name, 0, 1.0, lr=lr)
+        path = folder / "last-evaluation" / "evaluation.json"
+        evaluation = json.loads(path.read_text())
+        evaluation["subjects"][0]["loss"]["1"]["x0"] = estimate(loss)
+        path.write_text(json.dumps(evaluation))
+    groups = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
+    _, _, sentences, _ = write_comparison(groups, tmp_path / "out", "python x")
+    assert sentences[0] == "a is better in 1 row of the test loss by noise level."
 
 
 def test_one_training_each_shows_the_networks_alone(tmp_path):

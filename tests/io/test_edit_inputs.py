@@ -80,9 +80,10 @@ def test_rows_are_full_where_there_is_one():
 
 
 def test_classes_have_a_column_each_where_there_is_room():
-    assert grid_options(None, classes=["a", "b"]) == {"columns": 2, "captions": ["a", "b"]}
+    assert grid_options(None, classes=["a", "b"]) == {"columns": 8, "captions": ["a", "b"] * 4}
+    assert grid_options(None, classes=list("abcdef"), count=5)["captions"] == list("abcde")
     assert grid_options(None, classes=["a"]) == {"captions": ["a"]}  # over all
-    assert grid_options(None, classes=["a", "b"], count=1) == {}
+    assert grid_options(None, classes=["a", "b"], count=1) == {"captions": ["a"]}
     assert grid_options(None, classes=["a"] * 21) == {}
     assert "captions" not in grid_options("image", classes=["a", "b"])
     assert grid_options("image")["titles"][1] == "given"
