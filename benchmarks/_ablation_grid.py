@@ -37,7 +37,7 @@ class Variant:
     bad_labels: float = 0.0  # fraction of training items with a random label
     level_groups: int = 0  # parts of a batch, each of neighboring noise levels; 0: parts mix them
     equal_seconds: bool = False  # as many steps as fit into the seconds of the default
-    evaluate: tuple = ()  # what else is measured of images: keys of EVALUATIONS in ablation.py
+    evaluate: tuple = ()  # what else is measured: keys of EVALUATIONS in ablation.py
     seeds: int = 5
 
     @property

@@ -102,15 +102,15 @@ FEW_ITEMS = 300
 FEW_DROPOUT = 0.2
 
 
-def preset_of(dataset, kind, size="s", purpose="samples", items=None):
+def preset_of(dataset, kind, size, purpose, items):
     """Return the fields of Config that are chosen for a dataset, its kind, a size and a purpose.
 
-    items: how many the dataset has to train on; None: not few."""
+    items: how many the dataset has to train on."""
     changes = SIZES[size]
     preset = PRESETS.get(dataset, PRESETS[kind]) | changes.get(dataset, changes.get(kind, {}))
     if size == "s":
         preset |= PURPOSE_NETWORKS.get(purpose, {}).get(kind, {})
-    if kind == "images" and items is not None and items < FEW_ITEMS:
+    if kind == "images" and items < FEW_ITEMS:
         preset |= {"dropout": FEW_DROPOUT}
     return preset
 

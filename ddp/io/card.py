@@ -9,14 +9,14 @@ from ddp.data.files import printable
 from ddp.io.checkpoint import strip_training_state
 from ddp.io.describe import describe
 from ddp.io.run_lock import read_record
-from ddp.io.runs import find_evaluations
+from ddp.io.runs import measured
 from ddp.io.tables import error_text, markdown_text
-from ddp.metrics.comparison import flatten
 from ddp.options import SamplerOptions
 
 DISTANCES = ("fd", "kid", "wasserstein2", "precision", "recall")  # shown of each feature space
 BOUNDS = (("vlb", "discrete", "total"), ("vlb", "continuous", "total"))
 LIKELIHOODS = (*BOUNDS, ("ode_nll", "uniform", "total"), ("ode_nll", "density", "total"))
+SHOWN_OF_RECIPE = ("num_samples", "reference", "sampler", "steps", "unit")
 MAX_FIGURES = 12
 GRAPH = """A graph (.onnx, .pt2) computes `x_t` (B{event}) float32, `log_snr` (B,) float32{label} ->
 `x0_hat` (B{event}) float32; `log_snr` is the noise level, log(alpha² / sigma²)."""
@@ -93,35 +93,27 @@ def training_command(folder):
 
 def figure_lines(checkpoint):
     """Return a table of what evaluate.py measured of this very file, if its results lie beside."""
-    unknown = ["It was not measured, or the results do not lie beside it."]
-    try:
-        found = [each for each in find_evaluations(checkpoint) if figure_rows(each[1])]
-        evaluation, subject = found[0] if found else ({}, {})
-        rows = figure_rows(subject)
-        recipe = evaluation.get("recipe", {})
-        about = subject.get("about", {})
-        real = f"{recipe.get('num_samples')} samples, {recipe.get('reference')} items"
-        real += f"; sampled by {about.get('sampler')} in {about.get('steps')} steps"
-    except (ValueError, LookupError, TypeError, AttributeError):  # anybody's file
-        return unknown
+    figures, real, recipe, _ = measured(checkpoint)
+    rows = figure_rows(figures, real)
     if not rows:
-        return unknown
+        return ["It was not measured, or the results do not lie beside it."]
     head = ["| figure | samples | real items in their place |", "|---|---|---|"]
-    note = f"± is a standard error. {real}; likelihoods in {recipe['unit']}, by `evaluate.py`."
+    count, reference, sampler, steps, unit = map(recipe.get, SHOWN_OF_RECIPE)
+    note = f"± is a standard error. {count} samples, {reference} items; sampled by {sampler} in "
+    note += f"{steps} steps; likelihoods in {unit}, by `evaluate.py`."
     return [*head, *rows[:MAX_FIGURES], "", note]
 
 
-def figure_rows(subject):
-    """Return rows of a table, of the figures that a subject of an evaluation has."""
-    flat = flatten(subject)
+def figure_rows(figures, real):
+    """Return rows of a table, of figures and of those of real items by their paths."""
     rows = []
-    for keys, estimate in flat.items():
+    for path, estimate in figures.items():
+        keys = tuple(path.split("/"))
         if keys in LIKELIHOODS:
             rows.append(f"| {', '.join(keys)} | {error_text(estimate)} | |")
         elif keys == ("memorization", "near_duplicates"):
             rows.append(f"| near a training item (new items: 0.05) | {error_text(estimate)} | |")
         elif len(keys) == 3 and keys[1] in DISTANCES and keys[2] == "samples":
-            real = flat.get((*keys[:2], "real_vs_real"))
             name = f"{keys[1]} of {keys[0]}"
-            rows.append(f"| {name} | {error_text(estimate)} | {error_text(real)} |")
+            rows.append(f"| {name} | {error_text(estimate)} | {error_text(real[path])} |")
     return rows

@@ -269,7 +269,7 @@ def load_plugins(arguments=None):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--plugin", action="append", nargs="?", default=[])
     PLUGINS[:] = parser.parse_known_args(arguments)[0].plugin
-    for path in [each for each in PLUGINS if each is not None]:  # the script's own parser tells
+    for path in [each for each in PLUGINS if each is not None]:  # None is refused by the parser
         if not os.path.isfile(path):
             raise OSError(f"plugin={path}: there is no such file")
         try:

@@ -16,7 +16,13 @@ from ddp.data.files import counted
 from ddp.io.figures import overlaid_losses, save_png, to_pil
 from ddp.io.files import atomic_dir, atomic_write
 from ddp.io.page import html_details, html_figures, html_list, html_page, html_terms, write_html
-from ddp.io.runs import differing_settings, loss_differences, recipe_differences, unmeasured
+from ddp.io.runs import (
+    differing_settings,
+    left_out,
+    loss_differences,
+    recipe_differences,
+    unmeasured,
+)
 from ddp.io.tables import Best, Table, digits_of, html_table, write_tables
 from ddp.metrics.comparison import pairing
 from ddp.metrics.evaluate import find_better
@@ -40,7 +46,7 @@ def write_comparison(groups, out, command):
     warnings += [] if any(run.figures for run in runs) else [NOT_MEASURED]
     tables = comparison_tables(groups, bold=not warnings)
     sentences = [] if warnings else verdict(groups, tables)
-    warnings += [*unmeasured(groups), *loss_differences(groups)]
+    warnings += [*unmeasured(groups), *left_out(groups), *loss_differences(groups)]
     charts = loss_charts(groups)
     with atomic_dir(out) as written:
         for name, chart in charts.items():
@@ -111,13 +117,13 @@ def figure_rows(groups, bold):
     runs = [run for group in groups for run in group.runs]
     paths = {path: None for run in runs for path in run.figures}  # each once, in order
     real = {path: estimate for run in runs for path, estimate in run.real.items() if estimate}
+    seeds = [group.seeds for group in groups]
     figures, levels = [], []
     for path in paths:
         estimates = [group.figure(path) for group in groups]
         if not any(estimates):  # every group has a run that lacks it
             continue
         cells = [figure_text(each) for each in estimates]
-        seeds = [group.seeds for group in groups]
         for i in best_of(estimates, find_better(path.split("/")), seeds) if bold else ():
             cells[i] = Best(cells[i])
         row = [path_text(path), *cells]
@@ -137,24 +143,18 @@ def figure_text(estimates):
 
 def verdict(groups, tables):
     """What the figures in the tables of Groups say, in sentences."""
-    best = {group.name: [] for group in groups}  # name of a group -> figures
-    levels = dict.fromkeys(best, 0)  # how many of the losses by noise level
-    compared = 0  # figures that two groups have
-    for table in [table for table in tables if table.title in ("figures", LOSS_TABLE)]:
-        for row in table.rows:
-            cells = row[1 : 1 + len(groups)]
-            compared += sum(map(bool, cells)) > 1
-            for name, cell in zip(best, cells, strict=True):
-                if isinstance(cell, Best) and table.title == LOSS_TABLE:
-                    levels[name] += 1
-                elif isinstance(cell, Best):
-                    best[name].append(row[0].rstrip(" ↓↑"))
-    for name, count in levels.items():
-        best[name] += [f"{counted(count, 'row')} of the {LOSS_TABLE}"] if count else []
-    if not compared:
+    rows = {table.title: table.rows for table in tables}
+    figures, levels = rows.get("figures", []), rows.get(LOSS_TABLE, [])
+    measured = [sum(map(bool, row[1 : 1 + len(groups)])) for row in figures + levels]  # groups
+    if max(measured, default=0) < 2:
         return []
     better = "is better" if len(groups) == 2 else "is best, or cannot be told from the best,"
-    lines = [f"{name} {better} in {', '.join(names)}." for name, names in best.items() if names]
+    lines = []
+    for column, group in enumerate(groups, 1):
+        names = [row[0].rstrip(" ↓↑") for row in figures if isinstance(row[column], Best)]
+        count = sum(isinstance(row[column], Best) for row in levels)
+        names += [f"{counted(count, 'row')} of the {LOSS_TABLE}"] if count else []
+        lines += [f"{group.name} {better} in {', '.join(names)}."] if names else []
     lines = lines or ["No figure tells them apart at 95%."]
     return lines + [ONE_TRAINING] * all(len(group.runs) == 1 for group in groups)
 
@@ -170,12 +170,12 @@ def best_of(estimates, direction, seeds):
     sign = 1 if direction == "lower" else -1
     means = {i: sign * fmean(each["value"] for each in estimates[i]) for i in known}
     best = min(known, key=means.get)
-    ties = [best]
-    for i in set(known) - {best}:
-        if not told_apart(estimates[best], estimates[i], pairing(seeds[best], seeds[i])):
-            ties.append(i)
-    ties.sort()
-    return ties if len(ties) < len(known) else []
+    worse = []
+    for i in known:
+        order = pairing(seeds[best], seeds[i])
+        if i != best and told_apart(estimates[best], estimates[i], order):
+            worse.append(i)
+    return [i for i in known if i not in worse] if worse else []
 
 
 def told_apart(first, second, order):

@@ -160,10 +160,10 @@ def recipe_of(evaluation, subject):
     dataset = evaluation.get("dataset") or {}
     is_toy = len(dataset.get("event") or ()) == 1 and not dataset.get("standardized")
     recipe, about = evaluation["recipe"], subject["about"]
+    spaces = recipe.get("feature_spaces") or {}
     recipe = {key: recipe[key] for key in recipe if key not in NOT_OF_THE_RECIPE}
     recipe |= {key: about[key] for key in about if key not in NOT_OF_THE_SAMPLES}
-    for name, features in (evaluation["recipe"].get("feature_spaces") or {}).items():
-        recipe[FEATURES_OF + name] = features
+    recipe |= {FEATURES_OF + name: features for name, features in spaces.items()}
     recipe["schema"] = evaluation.get("schema")
     recipe["data"] = dataset.get("name" if is_toy else "fingerprint")
     return recipe
@@ -197,8 +197,9 @@ def find_evaluations(checkpoint):
 def is_whole(evaluation, subject):
     """Whether somebody's evaluation has what is read of it. May raise what a wrong type raises."""
     figures, _ = compared_figures(subject)
-    values = [cell["value"] for cell in figures.values()]
-    return "unit" in evaluation["recipe"] and all(map(math.isfinite, values))
+    numbers = [number for cell in figures.values() for number in (cell["value"], cell["error"])]
+    finite = all(math.isfinite(number) for number in numbers if number is not None)
+    return finite and "unit" in recipe_of(evaluation, subject)
 
 
 def compared_figures(subject):
@@ -281,8 +282,7 @@ def recipe_differences(runs):
 
 
 def unmeasured(groups):
-    """Lines that name groups without figures, because some or all of their runs have none, where
-    others have; and those with evaluations that were left out."""
+    """Lines that name groups without figures, where others have some: a run of theirs has none."""
     lines = []
     measured = any(run.figures for group in groups for run in group.runs)
     for group in groups:
@@ -290,7 +290,10 @@ def unmeasured(groups):
         if without and measured:
             share = f"{len(without)} of {len(group.runs)} runs"
             lines.append(f"{group.name}: no figures, {share} have none ({without[0].path.parent})")
-        if any(run.left_out for run in group.runs):
-            line = "older evaluations of another recipe (samples, items, sampler) are left out"
-            lines.append(f"{group.name}: {line}")
     return lines
+
+
+def left_out(groups):
+    """Lines that name groups of which evaluations were not read, see measured."""
+    what = "older evaluations of another recipe (samples, items, sampler) are left out"
+    return [f"{group.name}: {what}" for group in groups if any(run.left_out for run in group.runs)]

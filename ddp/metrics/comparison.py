@@ -72,10 +72,11 @@ def pairing(seeds, others):
     """The indices in `others` of the seeds, whose trainings can be paired.
 
     None unless both are the same seeds, each once, and MIN_PAIRS or more."""
-    if None in seeds or len(seeds) < MIN_PAIRS or len({*seeds}) < len(seeds):
+    if None in (*seeds, *others) or sorted(seeds) != sorted(others):
         return None
-    same = sorted(seeds) == sorted(others, key=lambda seed: -1 if seed is None else seed)
-    return [others.index(seed) for seed in seeds] if same else None
+    if len({*seeds}) < max(len(seeds), MIN_PAIRS):  # one twice, or too few
+        return None
+    return [others.index(seed) for seed in seeds]
 
 
 def group_warnings(candidates):

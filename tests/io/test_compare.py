@@ -17,6 +17,7 @@ from ddp.io.files import file_digest
 from ddp.io.runs import (
     find_evaluations,
     group_runs,
+    left_out,
     loss_differences,
     read_run,
     read_runs,
@@ -270,7 +271,7 @@ def test_evaluations_of_one_recipe_are_read_together(tmp_path):
     assert values["values/fd/samples"] == 3.0  # of an older one with as many samples
     run = read_run(folder)
     assert run.left_out == 1  # that of 50
-    (line,) = unmeasured(group_runs([run]))
+    (line,) = left_out(group_runs([run]))
     assert "are left out" in line
 
 

@@ -1,6 +1,7 @@
 """Models as files for others: graphs that compute the same, a card, nothing half written."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -156,10 +157,16 @@ def test_card(run, tmp_path):
         (folder / "evaluation.json").write_text(
             json.dumps({"subjects": [subject], "recipe": recipe})
         )
+        older = tmp_path / "last-evaluation-2" / "evaluation.json"
+        older.parent.mkdir(exist_ok=True)
+        other = {"subjects": [{**subject, "vlb": {"discrete": {"total": estimate}}}]}
+        older.write_text(json.dumps({**other, "recipe": recipe}))
+        os.utime(older, (1, 1))
         path = export(file, [], tmp_path / name)
         text[name] = (path / "README.md").read_text()
         subject["about"]["sha256"] = "0"
     assert "| precision of points | 0.2500 ± 0.1250 | 0.2500 ± 0.1250 |" in text["ours"]
+    assert "| vlb, discrete, total | 0.2500 ± 0.1250 | |" in text["ours"]  # of the older
     assert "7 samples, test items" in text["ours"]
     assert "It was not measured" in text["another"]
     for card in text.values():
