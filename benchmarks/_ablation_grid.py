@@ -16,7 +16,7 @@ from ddp.reverse import UNet
 DATASETS = {
     "digits": {"epochs": 100, "prediction": "x0"},  # the default of versions 0.5 and 0.6
     "mnist": {"max_steps": 1000, "prediction": "x0"},
-    "cifar10": {"max_steps": 700, "prediction": "x0"},
+    "cifar10": {"max_steps": 700},
     "swiss_roll": {"max_steps": 1500},
     "checkerboard": {"max_steps": 1500},
 }

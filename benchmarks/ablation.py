@@ -247,8 +247,7 @@ def evaluate_run(trainer, variant, real, averaged):
         unseen, _ = rms_to_nearest(real.reference.items, seen)
         figures["nn_distance_ratio"] = (near.median() / unseen.median()).item()
     rows = {"": figures}
-    # where the density is known each has an ODE NLL, which takes minutes
-    for name in () if real.dataset.log_density else variant.evaluate:
+    for name in variant.evaluate:
         if name == "statistics" or trainer.config.seed < FEW_SEEDS:
             rows |= EVALUATIONS[name](trainer, real, averaged)
     return rows
@@ -293,6 +292,8 @@ def work(args, runs):
             dataset = load_dataset(args.data.get(name, name), args.data_dir)
             references[name] = RealItems(dataset, args.samples, device)
         real = references[name]
+        if args.brief:
+            variant = dataclasses.replace(variant, evaluate=())
         fields = {"dataset": args.data.get(name, name), **DATASETS[name]}
         if args.max_steps:
             fields |= {"epochs": None, "max_steps": args.max_steps}
@@ -325,6 +326,8 @@ def parse(arguments=None):
     add_flag(parser, "samples", type=int, default=2000, help="samples (default: 2000)")
     add_flag(parser, "seeds", type=int, help="training seeds (default: 5 or 3, by variant)")
     add_flag(parser, "max_steps", type=int, help="steps of a run (default: by dataset)")
+    help = "measure the finished model alone: not few steps, other statistics, statistics by level"
+    add_flag(parser, "brief", action="store_true", help=help)
     add_flag(parser, "minutes", type=float, help="begin no run after so many")
     add_flag(parser, "workers", type=int, default=1, help="processes (default: 1)")
     add_flag(parser, "device", default="auto", help="auto, cpu, cuda, mps (default: auto)")
