@@ -9,7 +9,7 @@ from ddp.data.files import printable
 from ddp.io.checkpoint import strip_training_state
 from ddp.io.describe import describe
 from ddp.io.run_lock import read_record
-from ddp.io.runs import measured
+from ddp.io.runs import read_evaluations
 from ddp.io.tables import error_text, markdown_text
 from ddp.options import SamplerOptions
 
@@ -93,27 +93,29 @@ def training_command(folder):
 
 def figure_lines(checkpoint):
     """Return a table of what evaluate.py measured of this very file, if its results lie beside."""
-    figures, real, recipe, _ = measured(checkpoint)
-    rows = figure_rows(figures, real)
-    if not rows:
+    for evaluation in read_evaluations(checkpoint):  # the newest with any of them
+        rows = figure_rows(evaluation)
+        if rows:
+            break
+    else:
         return ["It was not measured, or the results do not lie beside it."]
     head = ["| figure | samples | real items in their place |", "|---|---|---|"]
-    count, reference, sampler, steps, unit = map(recipe.get, SHOWN_OF_RECIPE)
+    count, reference, sampler, steps, unit = map(evaluation.recipe.get, SHOWN_OF_RECIPE)
     note = f"± is a standard error. {count} samples, {reference} items; sampled by {sampler} in "
     note += f"{steps} steps; likelihoods in {unit}, by `evaluate.py`."
     return [*head, *rows[:MAX_FIGURES], "", note]
 
 
-def figure_rows(figures, real):
-    """Return rows of a table, of figures and of those of real items by their paths."""
+def figure_rows(evaluation):
+    """Return rows of a table, of what is shown of an Evaluation."""
     rows = []
-    for path, estimate in figures.items():
+    for path, estimate in evaluation.figures.items():
         keys = tuple(path.split("/"))
         if keys in LIKELIHOODS:
             rows.append(f"| {', '.join(keys)} | {error_text(estimate)} | |")
         elif keys == ("memorization", "near_duplicates"):
             rows.append(f"| near a training item (new items: 0.05) | {error_text(estimate)} | |")
         elif len(keys) == 3 and keys[1] in DISTANCES and keys[2] == "samples":
-            name = f"{keys[1]} of {keys[0]}"
-            rows.append(f"| {name} | {error_text(estimate)} | {error_text(real[path])} |")
+            real = error_text(evaluation.real[path])
+            rows.append(f"| {keys[1]} of {keys[0]} | {error_text(estimate)} | {real} |")
     return rows

@@ -43,7 +43,7 @@ def write_comparison(groups, out, command):
     command: what to type for it again. Returns (path, tables, sentences, warnings)."""
     runs = [run for group in groups for run in group.runs]
     warnings = recipe_differences(runs)
-    warnings += [] if any(run.figures for run in runs) else [NOT_MEASURED]
+    warnings += [] if any(run.evaluations for run in runs) else [NOT_MEASURED]
     tables = comparison_tables(groups, bold=not warnings)
     sentences = [] if warnings else verdict(groups, tables)
     warnings += [*unmeasured(groups), *left_out(groups), *loss_differences(groups)]
@@ -115,8 +115,10 @@ def spread_text(values, errors):
 def figure_rows(groups, bold):
     """Rows of the figures that groups have, and rows of their losses by noise level."""
     runs = [run for group in groups for run in group.runs]
-    paths = {path: None for run in runs for path in run.figures}  # each once, in order
-    real = {path: estimate for run in runs for path, estimate in run.real.items() if estimate}
+    paths = {path: None for run in runs for path in run.evaluation.figures}  # each once, in order
+    real = {}
+    for run in runs:
+        real |= {path: estimate for path, estimate in run.evaluation.real.items() if estimate}
     seeds = [group.seeds for group in groups]
     figures, levels = [], []
     for path in paths:
@@ -236,7 +238,8 @@ def page(groups, tables, charts, lines, command):
     body.append(html_figures(shown))
     if levels:
         body.append(html_details(LOSS_TABLE, levels))
-    words = {word for run in groups[0].runs for path in run.figures for word in path.split("/")}
+    figures = [path for run in groups[0].runs for path in run.evaluation.figures]
+    words = {word for path in figures for word in path.split("/")}
     if words:
         body.append(html_terms(terms_of(words)))
     count = sum(len(group.runs) for group in groups)

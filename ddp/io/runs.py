@@ -38,6 +38,15 @@ NOT_OF_THE_SAMPLES = {"checkpoint", "sha256", "step", "provenance", "summary"}
 
 
 @dataclass
+class Evaluation:
+    """What evaluate.py measured of a checkpoint by one recipe."""
+
+    figures: dict  # path such as "pixels/fd/samples" -> estimate, {value, error, interval}
+    real: dict  # the same path -> estimate of real items in the place of samples
+    recipe: dict  # how they were measured; {}: they were not
+
+
+@dataclass
 class Run:
     """A training, as its folder tells it."""
 
@@ -48,10 +57,12 @@ class Run:
     step: int
     seconds: float | None  # of training; a finished model alone does not know them
     log: list  # rows of log.csv, see run_log.read_log
-    figures: dict  # path such as "pixels/fd/samples" -> estimate, {value, error, interval}
-    real: dict  # the same path -> estimate of real items in the place of samples
-    recipe: dict  # how the figures were measured; {}: they were not
-    left_out: int  # evaluations of another recipe
+    evaluations: list  # one of each recipe, the newest first; or that of which all runs have one
+
+    @property
+    def evaluation(self):
+        """The Evaluation that is shown."""
+        return self.evaluations[0] if self.evaluations else Evaluation({}, {}, {})
 
     @property
     def val_losses(self):
@@ -72,7 +83,7 @@ class Group:
 
     def figure(self, path):
         """The estimates of a figure, one of each run; None where a run lacks it."""
-        estimates = [run.figures.get(path) for run in self.runs]
+        estimates = [run.evaluation.figures.get(path) for run in self.runs]
         return None if None in estimates else estimates
 
 
@@ -89,7 +100,26 @@ def read_runs(texts):
         if any(run.path.samefile(other.path) for other in runs):
             raise ValueError(f"{subject.path} is given twice")
         runs.append(run)
+    share_recipe(runs)
     return runs
+
+
+def share_recipe(runs):
+    """Put first the newest recipe by which every run that was measured was measured, if any."""
+    having = [run for run in runs if run.evaluations]
+    for first in having[0].evaluations if having else ():
+        found = [like(first, run.evaluations) for run in having]
+        if None not in found:
+            for run, evaluation in zip(having, found, strict=True):
+                run.evaluations.remove(evaluation)
+                run.evaluations.insert(0, evaluation)
+            return
+
+
+def like(evaluation, others):
+    """The first of other Evaluations of the same recipe, or None."""
+    same = (one for one in others if not different_keys([evaluation.recipe, one.recipe]))
+    return next(same, None)
 
 
 def read_run(path, name=None):
@@ -105,7 +135,6 @@ def read_run(path, name=None):
     is_toy = len(state["event"]) == 1 and state["units"] is None  # drawn anew for each seed
     settings["data"] = settings["dataset"] if is_toy else origin.get("fingerprint")
     settings["init_from"] = origin_of_weights(checkpoint.parent)
-    figures, real, recipe, left_out = measured(checkpoint)
     return Run(
         name,
         checkpoint,
@@ -114,10 +143,7 @@ def read_run(path, name=None):
         state["step"],
         training_seconds(state, checkpoint),
         read_log(checkpoint.parent) if checkpoint.name in RUN_MODELS else [],
-        figures,
-        real,
-        recipe,
-        left_out,
+        read_evaluations(checkpoint),
     )
 
 
@@ -138,21 +164,19 @@ def origin_of_weights(folder):
         return None
 
 
-def measured(checkpoint):
-    """What evaluate.py measured of a checkpoint: (figures, real, recipe, left_out), see Run.
-
-    The newest evaluation, and what those of the same recipe have beside it."""
-    figures, real, recipe, left_out = {}, {}, {}, 0
-    for evaluation, subject in find_evaluations(checkpoint):
-        found = recipe_of(evaluation, subject)
-        if recipe and different_keys([recipe, found]):
-            left_out += 1
-            continue
-        more, more_real = compared_figures(subject)
-        figures = more | figures
-        real = more_real | real
-        recipe = found | recipe
-    return figures, real, recipe, left_out
+def read_evaluations(checkpoint):
+    """The Evaluations of a checkpoint, the newest first; those of one recipe are one."""
+    evaluations = []
+    for found, subject in find_evaluations(checkpoint):
+        evaluation = Evaluation(*compared_figures(subject), recipe_of(found, subject))
+        newer = like(evaluation, evaluations)
+        if newer is None:
+            evaluations.append(evaluation)
+        else:
+            newer.figures = evaluation.figures | newer.figures
+            newer.real = evaluation.real | newer.real
+            newer.recipe = evaluation.recipe | newer.recipe
+    return evaluations
 
 
 def recipe_of(evaluation, subject):
@@ -199,7 +223,7 @@ def is_whole(evaluation, subject):
     figures, _ = compared_figures(subject)
     numbers = [number for cell in figures.values() for number in (cell["value"], cell["error"])]
     finite = all(math.isfinite(number) for number in numbers if number is not None)
-    return finite and "unit" in recipe_of(evaluation, subject)
+    return bool(numbers) and finite and "unit" in recipe_of(evaluation, subject)
 
 
 def compared_figures(subject):
@@ -275,7 +299,8 @@ def different_keys(recipes):
 def recipe_differences(runs):
     """Lines that say in what the measurements of runs differ, so that figures do not compare."""
     lines = []
-    for key, values in different_keys([run.recipe for run in runs if run.recipe]).items():
+    recipes = [run.evaluation.recipe for run in runs if run.evaluations]
+    for key, values in different_keys(recipes).items():
         shown = ", ".join(dict.fromkeys(str(value)[:40] for value in values))
         lines.append(f"the figures do not compare: {key} differs ({shown})")
     return lines
@@ -284,9 +309,9 @@ def recipe_differences(runs):
 def unmeasured(groups):
     """Lines that name groups without figures, where others have some: a run of theirs has none."""
     lines = []
-    measured = any(run.figures for group in groups for run in group.runs)
+    measured = any(run.evaluations for group in groups for run in group.runs)
     for group in groups:
-        without = [run for run in group.runs if not run.figures]
+        without = [run for run in group.runs if not run.evaluations]
         if without and measured:
             share = f"{len(without)} of {len(group.runs)} runs"
             lines.append(f"{group.name}: no figures, {share} have none ({without[0].path.parent})")
@@ -294,6 +319,7 @@ def unmeasured(groups):
 
 
 def left_out(groups):
-    """Lines that name groups of which evaluations were not read, see measured."""
-    what = "older evaluations of another recipe (samples, items, sampler) are left out"
-    return [f"{group.name}: {what}" for group in groups if any(run.left_out for run in group.runs)]
+    """Lines that name groups of which evaluations of another recipe are not shown."""
+    what = "evaluations of another recipe (samples, items, sampler) are left out"
+    more = [group for group in groups if any(len(run.evaluations) > 1 for run in group.runs)]
+    return [f"{group.name}: {what}" for group in more]

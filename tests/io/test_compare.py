@@ -243,7 +243,7 @@ def test_evaluation_is_of_this_very_file(tmp_path):
     ):
         path.write_text(text)
         assert [*find_evaluations(folder / "last.pth")] == []
-    assert read_run(folder).figures == {}
+    assert read_run(folder).evaluation.figures == {}
     assert math.isclose(read_run(folder).seconds, 60)
 
 
@@ -265,14 +265,32 @@ def test_evaluations_of_one_recipe_are_read_together(tmp_path):
         (other / "evaluation.json").write_text(json.dumps(evaluation))
         os.utime(other / "evaluation.json", (number, number))  # older than the first
         subject["loss"] = {}
-    figures = read_run(folder).figures
+    figures = read_run(folder).evaluation.figures
     values = {path: each["value"] for path, each in figures.items()}
     assert values["points/fd/samples"] == 1.0  # of the newest
     assert values["values/fd/samples"] == 3.0  # of an older one with as many samples
     run = read_run(folder)
-    assert run.left_out == 1  # that of 50
+    assert len(run.evaluations) == 2  # that of 50 is another
     (line,) = left_out(group_runs([run]))
     assert "are left out" in line
+
+
+def test_runs_are_compared_by_a_recipe_that_all_have(tmp_path):
+    for name, fd in (("a", 1.0), ("b", 2.0)):
+        make_run(tmp_path / name, 0, fd, lr=fd)
+    path = tmp_path / "a" / "last-evaluation" / "evaluation.json"
+    evaluation = json.loads(path.read_text())
+    evaluation["recipe"]["num_samples"] = 50
+    evaluation["subjects"][0]["points"]["fd"] = row(3.0)
+    newer = tmp_path / "a-evaluation"
+    newer.mkdir()
+    (newer / "evaluation.json").write_text(json.dumps(evaluation))
+    os.utime(path, (1, 1))
+    assert read_run(tmp_path / "a").evaluation.figures["points/fd/samples"]["value"] == 3.0
+    runs = read_runs([str(tmp_path / "a"), str(tmp_path / "b")])
+    assert [run.evaluation.figures["points/fd/samples"]["value"] for run in runs] == [1.0, 2.0]
+    assert recipe_differences(runs) == []
+    assert left_out(group_runs(runs))[0].startswith("a: evaluations of another recipe")
 
 
 def test_another_feature_space_is_no_other_recipe_but_another_classifier_is(tmp_path):
