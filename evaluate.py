@@ -15,6 +15,7 @@ from ddp.io.device import select_device, set_tf32
 from ddp.io.files import atomic_dir, require_absent, shown_path
 from ddp.io.progress import loading_bar
 from ddp.io.run_dir import data_source
+from ddp.io.tables import wrapped
 from ddp.metrics.candidate import OLD_OPTIONS, EvaluateOptions, Reference
 from ddp.metrics.evaluate import evaluate, known_metrics, metric_names, parse_metrics
 from ddp.metrics.features import kinds_of
@@ -82,11 +83,8 @@ def find_data(args, candidate):
     return {name: value for name, value in source.items() if value is not None}
 
 
-def tell(line):
-    tqdm.write(line)  # above a progress bar
-
-
 def main(args):
+    tell = tqdm.write  # above a progress bar
     options = EvaluateOptions(**given(args, EvaluateOptions))
     subjects = parse_subjects(args)
     device = select_device(args.device)
@@ -110,7 +108,8 @@ def main(args):
     with atomic_dir(out) as written:
         evaluation, stopped = measure_and_report(*what, written.folder, *how)
     page, numbers = (shown_path(written.path / f"evaluation.{kind}") for kind in ("html", "json"))
-    tell(f"\n{evaluation['seconds']:.0f} s, wrote {page}, {numbers} and the figures beside them")
+    line = f"{evaluation['seconds']:.0f} s, wrote {page}, {numbers} and the figures beside them"
+    tell("\n".join(["", *wrapped(line)]))
     if stopped:
         raise stopped
     return 0

@@ -14,7 +14,7 @@ from ddp.io.cli import add_flag
 from ddp.io.config_file import read_config, write_config
 from ddp.io.device import select_device, select_precision
 from ddp.io.diagnostics import dry_run, profile
-from ddp.io.files import shown_path
+from ddp.io.files import command_line, shown_path
 from ddp.io.memory import fit_shards
 from ddp.io.progress import Progress, loading_bar, plan
 from ddp.io.run_dir import accept_data, require_same_data, resolve_run
@@ -107,10 +107,10 @@ def train_loop(trainer, run):
         finished = finished or not stop.signal
         progress.tell(run.export(trainer) if finished else run.save_interrupted(trainer))
     if not finished:
-        print("go on with:", cli.command_line(__file__, "resume", run.folder))
+        print("go on with:", command_line(__file__, "resume", run.folder))
         return 128 + stop.signal
     generate = Path(__file__).with_name("generate.py")
-    print("draw samples with:", cli.command_line(generate, "checkpoint", run.folder / "model.pth"))
+    print("draw samples with:", command_line(generate, "checkpoint", run.folder / "model.pth"))
     return 0
 
 

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import runpy
-import shlex
 import signal
 import sys
 import traceback
@@ -14,7 +13,6 @@ from pathlib import Path
 
 from ddp.distributed import is_first_failure, is_lost_process, leave, processes
 from ddp.editing import EDITS, EditInputs
-from ddp.io.files import shown_path
 from ddp.io.spelling import did_you_mean
 from ddp.io.terminal import safe_process
 from ddp.options import SamplerOptions, count_or_auto, image_size, integers
@@ -66,7 +64,12 @@ class Parser(argparse.ArgumentParser):
         self.words = sys.argv[1:] if args is None else [*map(str, args)]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            message = f"unrecognized arguments: {' '.join(unknown)}"
+            for flag, word in zip(self.words, self.words[1:], strict=False):
+                action = self._option_string_actions.get(flag)
+                if word in unknown and action and action.nargs == 0:
+                    message += f"; {flag} takes no value, --no_{action.dest} turns it off"
+            self.error(message)
         return parsed
 
     def error(self, message):
@@ -102,6 +105,9 @@ def add_flag(parser, name, alias=None, alias_type=None, **options):
         parser.add_argument(f"--{name.replace('_', '-')}", dest=name, **hidden)
     if alias_type:
         hidden["type"] = alias_type
+    if options.get("action") == "store_true":  # which a config.json may have turned on
+        off = hidden | {"action": "store_false"}
+        parser.add_argument(f"--no_{name}", f"--no-{name.replace('_', '-')}", dest=name, **off)
     for spelling in sorted({alias, alias.replace("_", "-")}) if alias else ():
         parser.add_argument(f"--{spelling}", dest=name, **hidden)
 
@@ -133,10 +139,6 @@ def add_config_flags(parser, config_class, title=None):
             if not alias:  # a flag that kept its name; else the old values go with the old name
                 options["type"] = reader
         add_flag(group, field.name, alias, reader, **options)
-        if options.get("action") == "store_true":  # which a config.json may have turned on
-            names = [f"--no_{field.name}", f"--no-{field.name.replace('_', '-')}"]
-            off = {"action": "store_false", "default": argparse.SUPPRESS}
-            group.add_argument(*names, dest=field.name, help=argparse.SUPPRESS, **off)
 
 
 def argparse_options(field):
@@ -235,15 +237,6 @@ def reject_if(*reasons):
 
 
 PLUGINS = []  # paths of those that were run
-
-
-def command_line(script, flag, path):
-    """Return the line that starts a script with a path: short where the script lies in the current
-    folder, else one that works in any."""
-    script, path = Path(script).resolve(), Path(path).resolve()
-    if script.parent == Path.cwd():
-        script, path = script.name, shown_path(path)
-    return shlex.join(["python", str(script), f"--{flag}", str(path)])
 
 
 def with_breaks(arguments=None):

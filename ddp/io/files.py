@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import secrets
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -108,6 +109,15 @@ def shown_path(path):
     with contextlib.suppress(OSError, ValueError):  # no current folder; elsewhere
         return path.relative_to(Path.cwd())
     return path
+
+
+def command_line(script, flag, path):
+    """Return the line that starts a script with a path: short where the script lies in the current
+    folder, else one that works in any."""
+    script, path = Path(script).resolve(), Path(path).resolve()
+    if script.parent == Path.cwd():
+        script, path = script.name, shown_path(path)
+    return shlex.join(["python", str(script), f"--{flag}", str(path)])
 
 
 def file_digest(path):

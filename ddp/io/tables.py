@@ -14,6 +14,7 @@ from ddp.io.files import atomic_write
 
 HEADS = {"real_vs_real": "real vs real", "relative_to_real": "relative to real"}
 INDENT = 3  # spaces before a line of a table in a terminal
+MAX_NUMBER = 30  # characters of a number with its interval; what is longer is words
 LEAST_WIDTH, MOST_WIDTH = 60, 120  # columns of a terminal that a table is fitted to
 LATEX_MARKS = {mark: f"\\{mark}" for mark in "&%$#_{}"}
 LATEX_MARKS |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -93,8 +94,9 @@ def terminal_width():
 
 
 def wrapped(text, width=None):
-    """Text as lines of a terminal's width; all but the first are indented."""
-    return textwrap.wrap(text, width or terminal_width(), subsequent_indent=" " * INDENT)
+    """Text as lines of a terminal's width; all but the first are indented. Words stay whole."""
+    how = {"subsequent_indent": " " * INDENT, "break_on_hyphens": False, "break_long_words": False}
+    return textwrap.wrap(text, width or terminal_width(), **how)
 
 
 def fitting_parts(rows, width):
@@ -125,7 +127,7 @@ def html_table(table):
     lines = []
     for row in [table.head, *table.rows] if any(table.head) else table.rows:
         tag = "th" if row is table.head else "td"
-        cells = [f"<{tag}>{html_cell(cell)}</{tag}>" for cell in row]
+        cells = [html_cell(cell, tag) for cell in row]
         cells[0] = cells[0].replace("/", "/<wbr>", cells[0].count("/") - 1)  # where it may wrap
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
@@ -134,8 +136,11 @@ def html_table(table):
     )
 
 
-def html_cell(cell):
-    return f"<b>{escape(cell)}</b>" if isinstance(cell, Best) else escape(cell)
+def html_cell(cell, tag):
+    """A cell of a table; words may wrap, a number with its error or interval may not."""
+    text = f"<b>{escape(cell)}</b>" if isinstance(cell, Best) else escape(cell)
+    kind = ' class="words"' if len(cell) > MAX_NUMBER else ""
+    return f"<{tag}{kind}>{text}</{tag}>"
 
 
 def markdown_text(text):

@@ -133,9 +133,14 @@ def difference_table(title, less_first):
     rows = {}
     for path, figure in less_first["figures"].items():
         cannot = "cannot be told" if find_better(path.split("/")) else ""  # no way is better
-        better = (figure["better"] or cannot)[:MAX_CELL]
+        better = shortened(figure["better"] or cannot)
         rows[path_text(path)] = {"difference": figure["difference"], "better": better}
     return make_table(title, note, rows, interval_text)
+
+
+def shortened(name):
+    """A group's name for a cell: of a long one its end, by which paths differ."""
+    return name if len(name) <= MAX_CELL else f"...{name[3 - MAX_CELL :]}"
 
 
 def side_by_side(evaluation):
@@ -189,7 +194,9 @@ def measure_and_report(candidates, reference, metrics, options, folder, command,
 
 def last_lines(evaluation):
     """The warnings of an evaluation, and what its figures say, as lines for a terminal."""
-    lines = [f"warning: {warning}" for warning in evaluation["warnings"]]
+    lines = []
+    for warning in evaluation["warnings"]:
+        lines += wrapped(f"warning: {warning}")
     subjects = evaluation["subjects"] if not evaluation["groups"] else []
     for subject in subjects:
         sentences = verdict(subject, evaluation)

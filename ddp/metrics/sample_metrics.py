@@ -175,7 +175,7 @@ def feature_tables(space, results, evaluation):
     for name, cells in results.items():
         if name != "counts":
             if cells.get("real_vs_real") and cells["relative_to_real"] is None and same_number:
-                cells = cells | {"relative_to_real": "real vs real ≈ 0"}
+                cells = cells | {"relative_to_real": "real vs real near 0"}
             rows[f"{name} {MARKS[find_measure(name).better]}"] = cells
     note = (
         f"{recipe['num_samples']:,} samples against as many {recipe['reference']} items; "

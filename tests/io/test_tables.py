@@ -92,3 +92,14 @@ def test_tables_are_written_in_every_form(tmp_path):
     paths = write_tables(tmp_path, "tables", [TABLE])
     assert sorted(path.name for path in paths) == ["tables.csv", "tables.md", "tables.tex"]
     assert paths[0].read_text(encoding="utf-8") == markdown([TABLE])
+
+
+def test_long_words_of_a_page_may_wrap_and_numbers_may_not():
+    page = html_table(Table("t", "", ["", "a"], [["network", "unet " * 8], ["fd", "1.0 ± 0.1"]]))
+    assert '<td class="words">unet' in page
+    assert "<td>1.0 ± 0.1</td>" in page
+
+
+def test_a_path_stays_whole_where_lines_are_wrapped():
+    path = "runs/" + "x" * 90
+    assert path in " ".join(wrapped(f"17 s, wrote {path} and more", 80)).split()

@@ -22,6 +22,7 @@ from ddp.metrics.report import (
     evaluation_page,
     measure_and_report,
     nested_rows,
+    shortened,
     side_by_side,
     subject_tables,
     told_difference,
@@ -107,7 +108,7 @@ def test_feature_tables_say_which_way_is_better():
     head, rows = table_of({"pixels": {"fd": row, "recall": row}})
     assert head == ["", "samples", "real vs real", "relative to real"]
     assert set(rows) == {"fd ↓", "recall ↑"}
-    none = "real vs real ≈ 0"
+    none = "real vs real near 0"
     assert rows["fd ↓"] == [interval_text(CELL), interval_text(CELL), none]
 
 
@@ -199,7 +200,7 @@ def test_groups_have_a_table_each_and_one_of_their_difference():
     assert first.rows[1] == ["value_stats/channel 0/mean/difference", "2", "", "1"]
     assert difference.title == f"{'b' * 20} - a"
     assert "over trainings, paired by seed" in difference.note
-    assert difference.rows[0] == ["pixels/recall ↑", interval_text(CELL), "b" * 14]
+    assert difference.rows[0] == ["pixels/recall ↑", interval_text(CELL), "..." + "b" * 11]
     assert difference.rows[1][2] == ""  # neither direction is better
     assert max(map(len, table_lines([first, second, difference]))) <= 120  # by a long name
     less_first |= {"interval_of": "samples", "paired": False}
@@ -357,3 +358,8 @@ def test_write_report_names_figures_by_their_caption(tmp_path, monkeypatch):
     assert "1-_script_alert_1_script_0-a_b.png" in names
     assert len(names) == 4
     assert json.loads((tmp_path / "evaluation.json").read_text()) == evaluation
+
+
+def test_of_a_long_name_the_end_is_shown():
+    assert shortened("cannot be told") == "cannot be told"
+    assert shortened("runs/a-long-one") == ".../a-long-one"

@@ -279,6 +279,7 @@ def test_a_switch_is_turned_off_again():
         ("train.py", "--dataset mnsit", "did you mean mnist"),
         ("generate.py", "--checkpoint a.pth --format stirp", "did you mean strip"),
         ("evaluate.py", "--checkpoint a.pth --metrics filter", "did you mean filters"),
+        ("train.py", "--class_cond false", "no_class_cond turns it off"),
         ("train.py", "--config config.json --resume auto", "config"),
         ("train.py", f"--max_steps {'9' * 400}", "max_steps"),
         ("train.py", f"--channel_mult 1,{'9' * 5000}", "channel_mult"),
