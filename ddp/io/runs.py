@@ -92,6 +92,8 @@ def read_runs(texts):
 
     Raises ValueError for one that is there twice, OSError where nothing is."""
     subjects = [found for text in texts for found in matches(parse_subject(text))]
+    # a shell's * finds what was measured beside the runs
+    subjects = [each for each in subjects if not is_result(each.path)] or subjects
     runs = []
     for subject in subjects:
         if subject.options:
@@ -102,6 +104,11 @@ def read_runs(texts):
         runs.append(run)
     share_recipe(runs)
     return runs
+
+
+def is_result(path):
+    """Whether a path is a folder that evaluate.py or a comparison wrote."""
+    return any((Path(path) / name).is_file() for name in ("evaluation.json", "comparison.html"))
 
 
 def share_recipe(runs):

@@ -275,6 +275,16 @@ def test_evaluations_of_one_recipe_are_read_together(tmp_path):
     assert "are left out" in line
 
 
+def test_what_was_measured_beside_runs_is_no_run(tmp_path):
+    folder = make_run(tmp_path / "a", 0, 1.0)
+    (folder / "last-evaluation").rename(tmp_path / "a-evaluation")
+    paths = sorted(map(str, tmp_path.iterdir()))
+    assert len(paths) == 2
+    assert [run.path.parent for run in read_runs(paths)] == [folder]
+    with pytest.raises(OSError, match="a-evaluation"):
+        read_runs(paths[1:])
+
+
 def test_runs_are_compared_by_a_recipe_that_all_have(tmp_path):
     for name, fd in (("a", 1.0), ("b", 2.0)):
         make_run(tmp_path / name, 0, fd, lr=fd)
