@@ -1,4 +1,4 @@
-"""Put runs side by side: python -m ddp.compare checkpoints/digits checkpoints/digits-2
+"""Put runs side by side: python -m ddp.compare checkpoints/a checkpoints/b
 
 What differs in their settings, loss curves, figures of evaluate.py; as a page, and as tables for a
 paper (Markdown, LaTeX, CSV). Runs that differ in their seed alone are pooled."""
@@ -11,7 +11,7 @@ from ddp.io import cli
 from ddp.io.cli import add_flag
 from ddp.io.compare_page import write_comparison
 from ddp.io.files import next_free_path, require_absent, shown_path
-from ddp.io.runs import group_runs, read_runs
+from ddp.io.runs import group_runs, is_result, read_runs
 from ddp.io.tables import table_lines, wrapped
 from ddp.metrics.likelihood_metrics import LOSS_TABLE
 
@@ -28,6 +28,9 @@ def parse(arguments=None):
 def main(args):
     out = require_absent(Path(args.out)) if args.out else next_free_path(Path("comparison"))
     groups = group_runs(read_runs(args.runs))
+    passed_over = [path for path in args.runs if is_result(path)]
+    if passed_over:
+        print(*wrapped(f"passed over, since they are no runs: {', '.join(passed_over)}"), sep="\n")
     command = shlex.join(["python", "-m", "ddp.compare", *sys.argv[1:]])
     out, tables, sentences, warnings = write_comparison(groups, out, command)
     shown = [table for table in tables if table.title != LOSS_TABLE]  # thirty rows, on the page

@@ -102,7 +102,9 @@ def figure_lines(checkpoint):
     head = ["| figure | samples | real items in their place |", "|---|---|---|"]
     count, reference, sampler, steps, unit = map(evaluation.recipe.get, SHOWN_OF_RECIPE)
     note = f"± is a standard error. {count} samples, {reference} items; sampled by {sampler} in "
-    note += f"{steps} steps; likelihoods in {unit}, by `evaluate.py`."
+    note += f"{steps} steps, measured by `evaluate.py`."
+    if any(tuple(path.split("/")) in LIKELIHOODS for path in evaluation.figures):
+        note += f" Likelihoods in {unit}."
     return [*head, *rows[:MAX_FIGURES], "", note]
 
 

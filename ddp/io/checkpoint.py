@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import platform
 import subprocess
+import zipfile
 from pathlib import Path, PurePath
 
 import numpy as np
@@ -134,7 +135,10 @@ def read_checkpoint(path):
         names = sorted(other.name for other in path.parent.glob("[!.]*.pth"))  # not half written
         others = printable(", ".join(names) or "none", 300)
         raise OSError(f"there is no checkpoint {path}; its folder holds {others}")
-    state = read_safetensors(path) if path.suffix == SUFFIX else read_archive(path)
+    is_safe = path.suffix == SUFFIX
+    if not is_safe and not zipfile.is_zipfile(path) and path.suffix != ".pth":
+        raise OSError(f"{path} is no checkpoint; expected a .pth or a {SUFFIX}")
+    state = read_safetensors(path) if is_safe else read_archive(path)
     require_keys(path, state, {})
     digest = state.pop("digest", None)  # older files have none
     if digest is not None and digest != content_digest(state):

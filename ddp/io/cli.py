@@ -8,6 +8,7 @@ import os
 import runpy
 import signal
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -83,8 +84,9 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(description, given="", **options):
     """Return a Parser for a script; given: what stands before the flags, such as "RUN "."""
+    paragraphs = description.split("\n\n")  # the first has the command, and is one line
     return Parser(
-        description=description,
+        description="\n\n".join([paragraphs[0], *map(textwrap.fill, paragraphs[1:])]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         usage=f"python %(prog)s {given}[flags]; --help lists them",
         allow_abbrev=False,

@@ -32,8 +32,8 @@ from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings, t_quanti
 from ddp.metrics.verdict import terms_of
 
 NOT_MEASURED = "no figures of samples; evaluate.py measures them"
-BOLD = "bold, in a terminal *: the best, and what is not told from it at 95%, where anything is; "
-BOLD += "by chance 1 row in 20 is"
+BOLD = "bold: the best, and what cannot be told from it at 95%; by chance 1 row in 20 has some"
+HOW_DRAWN = ("sampler", "steps")  # of a recipe
 ONE_TRAINING = "One training each: this shows the networks, not which way of training is better."
 
 
@@ -44,7 +44,7 @@ def write_comparison(groups, out, command):
     runs = [run for group in groups for run in group.runs]
     warnings = recipe_differences(runs)
     warnings += [] if any(run.evaluations for run in runs) else [NOT_MEASURED]
-    tables = comparison_tables(groups, bold=not warnings)
+    tables = comparison_tables(groups, comparable=not warnings)
     sentences = [] if warnings else verdict(groups, tables)
     warnings += [*unmeasured(groups), *left_out(groups), *loss_differences(groups)]
     charts = loss_charts(groups)
@@ -58,8 +58,11 @@ def write_comparison(groups, out, command):
     return written.path, tables, sentences, warnings
 
 
-def comparison_tables(groups, bold):
-    """The Tables of Groups: what they are, what differs, their figures, the losses by level."""
+def comparison_tables(groups, comparable):
+    """The Tables of Groups: what they are, what differs, their figures, the losses by level.
+
+    comparable: all were measured by one recipe; else nothing is best, and real items have no
+    column."""
     names = [group.name for group in groups]
     networks = {group.runs[0].network for group in groups}
     rows = [row for row in run_rows(groups) if len(networks) > 1 or row[0] != "network"]
@@ -72,13 +75,26 @@ def comparison_tables(groups, bold):
     note = "± is the standard error of the samples; other seeds were not trained"
     if max(counts) > 1:
         note = "mean ± standard deviation between trainings; of one training the standard error"
-    note += "; real items in the place of samples ± standard error"
-    note += f"; {BOLD}" if bold and len(groups) > 1 else ""
-    figures, levels = figure_rows(groups, bold and len(groups) > 1)
-    head = ["", *names, "real items"]
-    tables += [Table("figures", note, head, figures)] if figures else []
-    tables += [Table(LOSS_TABLE, note, head[:-1], levels)] if levels else []
+    bold = comparable and len(groups) > 1
+    note += f"; {BOLD}" if bold else ""
+    figures, levels = figure_rows(groups, bold)
+    about = [note]
+    head = ["", *names]
+    if comparable:
+        about = [recipe_text(groups), "real items in the place of samples ± standard error", note]
+        head.append("real items")
+    else:
+        figures = [row[:-1] for row in figures]
+    tables += [Table("figures", "; ".join(filter(None, about)), head, figures)] if figures else []
+    tables += [Table(LOSS_TABLE, note, ["", *names], levels)] if levels else []
     return tables
+
+
+def recipe_text(groups):
+    """How many samples the figures of Groups are of, and how they were drawn; "": not known."""
+    recipes = [run.evaluation.recipe for group in groups for run in group.runs if run.evaluations]
+    shown = [recipes[0].get(name) if recipes else None for name in ("num_samples", *HOW_DRAWN)]
+    return "" if None in shown else "{:,} samples by {} in {} steps".format(*shown)
 
 
 def setting_text(value):
@@ -140,7 +156,15 @@ def figure_text(estimates):
     """The estimates of a group, one of each training, as text."""
     if estimates is None:
         return ""
-    return spread_text([each["value"] for each in estimates], [each["error"] for each in estimates])
+    return spread_text([each["value"] for each in estimates], list(map(error_of, estimates)))
+
+
+def error_of(estimate):
+    """The standard error of an estimate; of a share of 0 or 1, whose own is 0, by its interval."""
+    if estimate["error"] == 0 and estimate["interval"]:
+        low, high = estimate["interval"]
+        return (high - low) / (2 * NORMAL_95)
+    return estimate["error"]
 
 
 def verdict(groups, tables):
@@ -193,7 +217,7 @@ def told_apart(first, second, order):
     if len(many) > 1:  # one more training of the same kind lies so near
         reach = t_quantile(0.975, len(many) - 1) * stdev(many) * math.sqrt(1 + 1 / len(many))
         return difference > reach
-    errors = [estimates[0]["error"] for estimates in (first, second)]
+    errors = [error_of(estimates[0]) for estimates in (first, second)]
     return None not in errors and difference > NORMAL_95 * math.hypot(*errors)
 
 

@@ -199,6 +199,7 @@ def chart(height, **settings):
     if settings.get("yscale") == "log":
         axes.yaxis.set_major_formatter(PlainNumbers())
         axes.yaxis.set_minor_formatter(PlainNumbers(minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_minor_locator(LogLocator(subs=(1.5, *range(2, 10))))
     axes.grid(alpha=0.3, which="both")
     return figure, axes
 

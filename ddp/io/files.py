@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 RUN_MODELS = ("model.pth", "last.pth")  # which of its checkpoints a run's folder means
+EXPORTED = "model.safetensors"  # what a folder of ddp.export means
 
 
 def hidden_path(path, suffix=""):
@@ -140,6 +141,6 @@ def cache_folder():
 
 def find_checkpoint(path):
     """Return the path of the checkpoint that `path` means: itself or, of a run's folder, one of
-    RUN_MODELS."""
-    inside = [Path(path, name) for name in RUN_MODELS]
+    RUN_MODELS, of an exported one EXPORTED."""
+    inside = [Path(path, name) for name in (*RUN_MODELS, EXPORTED)]
     return next((file for file in inside if file.is_file()), Path(path))

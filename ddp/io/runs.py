@@ -94,11 +94,12 @@ def read_runs(texts):
     subjects = [found for text in texts for found in matches(parse_subject(text))]
     # a shell's * finds what was measured beside the runs
     subjects = [each for each in subjects if not is_result(each.path)] or subjects
+    folders = {find_checkpoint(each.path).absolute().parent for each in subjects}
     runs = []
     for subject in subjects:
         if subject.options:
             raise ValueError(f"{subject.path}: options of a sampler are for evaluate.py")
-        run = read_run(subject.path, subject.name)
+        run = read_run(subject.path, subject.name, folders)
         if any(run.path.samefile(other.path) for other in runs):
             raise ValueError(f"{subject.path} is given twice")
         runs.append(run)
@@ -129,10 +130,10 @@ def like(evaluation, others):
     return next(same, None)
 
 
-def read_run(path, name=None):
+def read_run(path, name=None, folders=()):
     """Return the Run of a folder, or of one of its checkpoints. Raises OSError when it is none.
 
-    name: what to call it; None: as its path."""
+    name: what to call it; None: as its path. folders: where else a comparison may lie."""
     checkpoint = find_checkpoint(path)
     state = read_checkpoint(checkpoint)
     config = parse_config(state, checkpoint)
@@ -150,7 +151,7 @@ def read_run(path, name=None):
         state["step"],
         training_seconds(state, checkpoint),
         read_log(checkpoint.parent) if checkpoint.name in RUN_MODELS else [],
-        read_evaluations(checkpoint),
+        read_evaluations(checkpoint, folders),
     )
 
 
@@ -171,10 +172,10 @@ def origin_of_weights(folder):
         return None
 
 
-def read_evaluations(checkpoint):
+def read_evaluations(checkpoint, folders=()):
     """The Evaluations of a checkpoint, the newest first; those of one recipe are one."""
     evaluations = []
-    for found, subject in find_evaluations(checkpoint):
+    for found, subject in find_evaluations(checkpoint, folders):
         evaluation = Evaluation(*compared_figures(subject), recipe_of(found, subject))
         newer = like(evaluation, evaluations)
         if newer is None:
@@ -200,15 +201,16 @@ def recipe_of(evaluation, subject):
     return recipe
 
 
-def find_evaluations(checkpoint):
+def find_evaluations(checkpoint, folders=()):
     """Yield (evaluation, the subject of it) that evaluate.py wrote of this very file.
 
     They are looked for beside the checkpoint and its folder, by its digest: those of the file
-    alone, then of comparisons, the newest first."""
+    alone, then of comparisons, also in other folders, the newest first."""
     folder = checkpoint.absolute().parent
     own = [*folder.glob(f"{escape(checkpoint.stem)}-evaluation*")]
     own += folder.parent.glob(f"{escape(folder.name)}-evaluation*")
-    compared = [*folder.glob("comparison*"), *folder.parent.glob("comparison*")]
+    places = {folder, folder.parent, *folders}
+    compared = [path for place in places for path in place.glob("comparison*")]
     found = []
     for group in (own, compared):
         paths = [path / "evaluation.json" for path in group]
@@ -321,7 +323,7 @@ def unmeasured(groups):
         without = [run for run in group.runs if not run.evaluations]
         if without and measured:
             share = f"{len(without)} of {len(group.runs)} runs"
-            lines.append(f"{group.name}: no figures, {share} have none ({without[0].path.parent})")
+            lines.append(f"{group.name}: no figures, {share} have none, such as {without[0].path}")
     return lines
 
 

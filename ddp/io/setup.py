@@ -47,6 +47,7 @@ def starting_weights(path, config, dataset, tell):
     if shapes[0] != shapes[1]:
         options = theirs.network_options() | {"class_cond": theirs.class_cond}
         now = config.network_options() | {"class_cond": config.class_cond}
+        options.pop("dropout")  # has no weights
         other = [f"{name}={options[name]}" for name in options if options[name] != now[name]]
         what = ", ".join(other) or f"items of {model.event} and {model.num_classes} classes"
         raise ValueError(f"init_from={path}: its network is of {what}; give the same")

@@ -34,8 +34,11 @@ def error_text(cell):
     if isinstance(cell, str):
         return cell
     if isinstance(cell, dict):
-        error = "" if cell["error"] is None else f" ± {cell['error']:.4f}"
-        return f"{cell['value']:.4f}{error}"
+        error = cell["error"]
+        if error is None:
+            return f"{cell['value']:.4f}"
+        digits = max(4, digits_of(error)) if error else 4
+        return f"{cell['value']:.{digits}f} ± {error:.{digits}f}"
     if cell is None:
         return ""
     return f"{cell:.4g}" if isinstance(cell, float) else f"{cell:,}"
@@ -79,6 +82,7 @@ def table_lines(tables, width=None):
     lines = []
     for table in tables:
         title = f"{table.title} ({table.note})" if table.note else table.title
+        title = title.replace("; bold: ", "; *: ")  # as a terminal shows it
         lines += ["", *wrapped(title, width)]
         rows = [table.head, *table.rows] if any(table.head) else table.rows  # of text
         rows = [[f"*{cell}" if isinstance(cell, Best) else cell for cell in row] for row in rows]
@@ -169,6 +173,7 @@ def latex(tables):
 
     def text(cell):
         shown = "".join(LATEX_MARKS.get(mark, mark) for mark in cell)
+        shown = re.sub(r"(?<![\w.)-])-(?=\d)", "$-$", shown)  # a minus, not a hyphen
         return rf"\textbf{{{shown}}}" if isinstance(cell, Best) else shown
 
     lines = [r"% \usepackage{booktabs}"]

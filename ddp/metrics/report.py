@@ -188,7 +188,9 @@ def measure_and_report(candidates, reference, metrics, options, folder, command,
     finally:  # what cannot be written can be read here
         tables = side_by_side(finished)
         tables = [table for table in tables if table.title != LOSS_TABLE] or tables
-        tell("\n".join([*table_lines(tables), *last_lines(finished)]))
+        lines = [*table_lines(tables), *last_lines(finished)]
+        if lines:
+            tell("\n".join(lines))
     return finished, stopped
 
 

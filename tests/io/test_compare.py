@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 from statistics import mean, stdev
 
 import pytest
@@ -12,7 +13,15 @@ from PIL import Image
 from ddp.config import Config
 from ddp.data import load_dataset
 from ddp.io.checkpoint import checkpoint_state, write_checkpoint
-from ddp.io.compare_page import ONE_TRAINING, best_of, comparison_tables, write_comparison
+from ddp.io.compare_page import (
+    ONE_TRAINING,
+    best_of,
+    comparison_tables,
+    error_of,
+    figure_text,
+    told_apart,
+    write_comparison,
+)
 from ddp.io.files import file_digest
 from ddp.io.runs import (
     find_evaluations,
@@ -87,7 +96,7 @@ def test_runs_that_differ_in_their_seed_are_pooled(tmp_path):
     assert (run.step, run.seconds, run.val_losses) == (2, 60.0, [(1, 0.9), (2, 0.5)])
     assert run.settings["dataset"] == "moons"
     assert "out_dir" not in run.settings
-    runs, settings, figures, levels = comparison_tables(groups, bold=True)
+    runs, settings, figures, levels = comparison_tables(groups, comparable=True)
     assert [line[0] for line in settings.rows] == ["lr"]
     assert settings.rows[0][1:] == ["0.001", "0.002"]
     rows = {line[0]: line[1:] for line in figures.rows}
@@ -102,11 +111,12 @@ def test_of_one_training_the_error_is_that_of_its_samples(tmp_path):
     make_run(tmp_path / "one", 0, 1.0)
     make_run(tmp_path / "two", 0, 1.5, lr=0.1)
     groups = group_runs(read_runs([str(tmp_path / "one"), str(tmp_path / "two")]))
-    *_, figures, _ = comparison_tables(groups, bold=True)
+    *_, figures, _ = comparison_tables(groups, comparable=True)
     assert figures.rows[0] == ["points/fd ↓", "1.000 ± 0.010", "1.500 ± 0.010", "0.250 ± 0.010"]
     assert [isinstance(cell, Best) for cell in figures.rows[0]] == [False, True, False, False]
     assert [isinstance(cell, Best) for cell in figures.rows[1][1:3]] == [False, False]  # a tie
     assert "other seeds were not trained" in figures.note
+    assert figures.note.startswith("100 samples by ddim in 20 steps; ")
 
 
 def test_runs_of_so_many_minutes_are_pooled_though_their_steps_differ(tmp_path):
@@ -147,7 +157,45 @@ def test_a_run_without_an_evaluation_is_named(tmp_path):
     make_run(tmp_path / "b", 1)
     (group,) = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
     (line,) = unmeasured([group])
-    assert line.endswith(f"no figures, 1 of 2 runs have none ({tmp_path / 'b'})")
+    path = tmp_path / "b" / "last.pth"
+    assert line.endswith(f"no figures, 1 of 2 runs have none, such as {path}")
+
+
+def test_a_comparison_of_groups_counts_for_all_of_their_runs(tmp_path):
+    """evaluate.py --compare writes it into the folder of the first."""
+    evaluations = []
+    for seed in (0, 1):
+        folder = make_run(tmp_path / f"a-{seed}", seed, 1.0 + seed)
+        path = folder / "last-evaluation" / "evaluation.json"
+        evaluations.append(json.loads(path.read_text()))
+        shutil.rmtree(path.parent)
+    evaluations[0]["subjects"] += evaluations[1]["subjects"]
+    (tmp_path / "a-0" / "comparison").mkdir()
+    path = tmp_path / "a-0" / "comparison" / "evaluation.json"
+    path.write_text(json.dumps(evaluations[0]))
+    (group,) = group_runs(read_runs([str(tmp_path / "a-*")]))
+    assert [each["value"] for each in group.figure("points/fd/samples")] == [1.0, 2.0]
+
+
+def test_a_share_of_none_is_as_uncertain_as_its_interval():
+    none = {"value": 0.0, "error": 0.0, "interval": [0.0, 0.392]}
+    some = {"value": 0.15, "error": 0.04, "interval": [0.07, 0.23]}
+    assert error_of(none) == pytest.approx(0.1)
+    assert error_of(some) == 0.04
+    assert figure_text([none]) == "0.00 ± 0.10"
+    assert not told_apart([none], [some], None)
+
+
+def test_real_items_have_no_column_where_recipes_differ(tmp_path):
+    make_run(tmp_path / "a", 0, 1.0)
+    make_run(tmp_path / "b", 0, 1.0, lr=0.1, recipe={"num_samples": 50})
+    groups = group_runs(read_runs([str(tmp_path / "a"), str(tmp_path / "b")]))
+    _, tables, _, warnings = write_comparison(groups, tmp_path / "out", "python x")
+    assert any("num_samples differs (100, 50)" in line for line in warnings)
+    (figures,) = [table for table in tables if table.title == "figures"]
+    assert figures.head == ["", "a", "b"]
+    assert {len(row) for row in figures.rows} == {3}
+    assert "samples by" not in figures.note
 
 
 def test_losses_of_another_weighting_do_not_compare(tmp_path):

@@ -223,7 +223,8 @@ def test_next_free_path_counts_from_two(tmp_path):
 def test_find_checkpoint_looks_into_a_run(tmp_path):
     assert find_checkpoint(tmp_path) == tmp_path  # which whoever reads it refuses
     assert find_checkpoint(str(tmp_path / "a.pth")) == tmp_path / "a.pth"
-    for name in ("last.pth", "model.pth"):  # the latter is what was meant, if it is there
+    names = ("model.safetensors", "last.pth", "model.pth")  # later ones come first
+    for name in names:
         (tmp_path / name).touch()
         assert find_checkpoint(tmp_path) == tmp_path / name
 

@@ -68,6 +68,8 @@ def test_what_has_a_meaning_in_a_language_is_escaped():
     assert r"a \| b\_c" in markdown([TABLE])
     assert r"100\% \& $<$more$>$" in latex([TABLE])
     assert r"fd $\downarrow$ &" in latex([TABLE])
+    negative = TABLE._replace(rows=[["d", "-0.5 ± 0.1", "x-1 [-1.0, 2]"]])
+    assert r"d & $-$0.5 $\pm$ 0.1 & x-1 [$-$1.0, 2]" in latex([negative])
     assert r"\textbackslash{}input" in latex([TABLE._replace(title="\\input")])
     assert "&lt;more&gt;" in html_table(TABLE)
 

@@ -19,6 +19,8 @@ def test_runs_side_by_side(trained, tmp_path, monkeypatch):
     assert (tmp_path / "comparison" / "tables.tex").exists()
     run("ddp.compare.py", "digits", "fast", cwd=tmp_path)
     assert (tmp_path / "comparison-2" / "comparison.html").exists()
+    out = run("ddp.compare.py", "digits", "comparison", "fast", cwd=tmp_path)
+    assert out.startswith("passed over, since they are no runs: comparison\n")
     result = execute("ddp.compare.py", "digits", "--out", "comparison", cwd=tmp_path)
     assert result.code == 2
     assert result.err.startswith("ddp.compare: error: out=comparison exists")
