@@ -33,7 +33,6 @@ from ddp.metrics.verdict import terms_of
 
 NOT_MEASURED = "no figures of samples; evaluate.py measures them"
 BOLD = "bold: the best, and what cannot be told from it at 95%; by chance 1 row in 20 has some"
-HOW_DRAWN = ("sampler", "steps")  # of a recipe
 ONE_TRAINING = "One training each: this shows the networks, not which way of training is better."
 
 
@@ -78,10 +77,10 @@ def comparison_tables(groups, comparable):
     bold = comparable and len(groups) > 1
     note += f"; {BOLD}" if bold else ""
     figures, levels = figure_rows(groups, bold)
-    about = [note]
+    about = [note]  # what is said of the figures
     head = ["", *names]
     if comparable:
-        about = [recipe_text(groups), "real items in the place of samples ± standard error", note]
+        about = [recipe_text(groups), note, "real items: in the place of samples, ± standard error"]
         head.append("real items")
     else:
         figures = [row[:-1] for row in figures]
@@ -93,7 +92,8 @@ def comparison_tables(groups, comparable):
 def recipe_text(groups):
     """How many samples the figures of Groups are of, and how they were drawn; "": not known."""
     recipes = [run.evaluation.recipe for group in groups for run in group.runs if run.evaluations]
-    shown = [recipes[0].get(name) if recipes else None for name in ("num_samples", *HOW_DRAWN)]
+    recipe = recipes[0] if recipes else {}
+    shown = [recipe.get(name) for name in ("num_samples", "sampler", "steps")]
     return "" if None in shown else "{:,} samples by {} in {} steps".format(*shown)
 
 
