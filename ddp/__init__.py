@@ -4,7 +4,7 @@ The public names, in reading order. Those of files and figures are in ddp.io, th
 ddp.metrics.
 """
 
-__version__ = "0.8.0"
+__version__ = "0.9.0"
 
 import os
 

@@ -129,7 +129,7 @@ class Config:
     attention_resolutions: list = flag(
         None, "feature-map sizes with self-attention", integers, fallback=[], least=0
     )
-    norm: str = flag("batch", "normalization", choices=NORMS)
+    norm: str = flag(None, "normalization", str, choices=NORMS, fallback="batch")
     activation: str = flag("leaky_relu", "activation", choices=ACTIVATIONS)
     negative_slope: float = flag(0.01, "slope of LeakyReLU below zero", at_least=0, at_most=1)
     dropout: float = flag(
@@ -189,7 +189,7 @@ class Config:
                 f"name={shown(name)}: expected a name; a place is given by out_dir",
             ),
             (
-                self.norm == "batch" and self.batch_size == 1,
+                self.norm in (None, "batch") and self.batch_size == 1,
                 "batch_size=1 gives BatchNorm nothing to average; use 2 or more, or norm=group",
             ),
             (
@@ -208,7 +208,7 @@ class Config:
                 "power of two that does",
             ),
             (
-                self.norm == "batch" and self.shards == self.batch_size > 1,
+                self.norm in (None, "batch") and self.shards == self.batch_size > 1,
                 f"shards={self.shards} leaves BatchNorm one item of batch_size={self.batch_size}"
                 " to average; use fewer, or norm=group",
             ),

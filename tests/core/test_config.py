@@ -9,6 +9,7 @@ import torch
 from tiny import random_points
 
 from ddp.config import RESUMABLE_FIELDS, Config, resume_config
+from ddp.data import load_dataset
 from ddp.model import build_model
 from ddp.options import SamplerOptions, count_or_auto, expected
 from ddp.presets import (
@@ -569,3 +570,11 @@ def test_likelihood_has_a_smaller_network_of_images_without_patches():
     assert num_params(config) == 184_789
     larger = resolved("mnist", preset="likelihood", size="m")
     assert num_params(larger) > num_params(resolved("mnist", size="m"))
+
+
+def test_likelihood_of_points_has_no_norm_unless_one_is_given():
+    points = load_dataset("moons")
+    small = {"dataset": "moons", "channels_base": 8}
+    assert Config(**small).resolve(points).norm == "batch"
+    assert Config(**small, preset="likelihood").resolve(points).norm == "none"
+    assert Config(**small, preset="likelihood", norm="batch").resolve(points).norm == "batch"

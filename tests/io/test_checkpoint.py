@@ -245,7 +245,7 @@ def test_what_is_not_a_checkpoint_is_named(tmp_path, state):
         {"blocks_per_level": 10**9},
         {"channel_mult": [1] * 10**6},
         {"channel_mult": []},
-        {"norm": None},
+        {"activation": None},
         {"negative_slope": None},
         {"channels_base": 8.0},
         {"channels_base": None},
