@@ -89,7 +89,7 @@ PURPOSES = {
 }
 # What it changes of a network of size s, by kind. Without patches a block sees four times the
 # pixels, so it has fewer channels. Of points, whose x0_hat must be right to a thousandth, the noise
-# of a batch's statistics costs 0.005 to 0.01 nats: docs/log.md, Checkerboard.
+# of a batch's statistics costs 0.004 to 0.01 nats: docs/log.md, Checkerboard.
 PURPOSE_NETWORKS = {
     "likelihood": {
         "images": {"channels_base": 16, "blocks_per_level": 2, "channel_mult": [1, 2, 2]},
