@@ -90,9 +90,14 @@ def comparison_tables(groups, comparable):
 
 
 def recipe_text(groups):
-    """How many samples the figures of Groups are of, and how they were drawn; "": not known."""
-    recipes = [run.evaluation.recipe for group in groups for run in group.runs if run.evaluations]
-    recipe = recipes[0] if recipes else {}
+    """How many samples the figures of Groups are of, and how they were drawn; "": of none."""
+    evaluations = [run.evaluation for group in groups for run in group.runs]
+    of_samples = [
+        each.recipe
+        for each in evaluations
+        if any(path.endswith("/samples") for path in each.figures)
+    ]
+    recipe = of_samples[0] if of_samples else {}
     shown = [recipe.get(name) for name in ("num_samples", "sampler", "steps")]
     return "" if None in shown else "{:,} samples by {} in {} steps".format(*shown)
 
