@@ -23,7 +23,7 @@ from ddp.io.runs import (
     recipe_differences,
     unmeasured,
 )
-from ddp.io.tables import Best, Table, digits_of, html_table, write_tables
+from ddp.io.tables import BOLD, Best, Table, digits_of, html_table, write_tables
 from ddp.metrics.comparison import pairing
 from ddp.metrics.evaluate import find_better
 from ddp.metrics.likelihood_metrics import LOSS_TABLE
@@ -32,7 +32,7 @@ from ddp.metrics.uncertainty import NORMAL_95, difference_of_trainings, t_quanti
 from ddp.metrics.verdict import terms_of
 
 NOT_MEASURED = "no figures of samples; evaluate.py measures them"
-BOLD = "bold: the best, and what cannot be told from it at 95%; by chance 1 row in 20 has some"
+BEST = f"{BOLD}the best, and what cannot be told from it at 95%; by chance 1 row in 20 has some"
 ONE_TRAINING = "One training each: this shows the networks, not which way of training is better."
 
 
@@ -75,7 +75,7 @@ def comparison_tables(groups, comparable):
     if max(counts) > 1:
         note = "mean ± standard deviation between trainings; of one training the standard error"
     bold = comparable and len(groups) > 1
-    note += f"; {BOLD}" if bold else ""
+    note += f"; {BEST}" if bold else ""
     figures, levels = figure_rows(groups, bold)
     about = [note]  # what is said of the figures
     head = ["", *names]

@@ -25,6 +25,10 @@ MARKDOWN_MARKS = {mark: f"\\{mark}" for mark in "\\|<>`[]*_"}
 Table = namedtuple("Table", "title note head rows")  # text; rows: lists as long as head
 
 
+# How a note says what is Best; a terminal has no bold type.
+BOLD, STAR = "bold: ", "*: "
+
+
 class Best(str):
     """The text of a cell that is the best of its row."""
 
@@ -37,7 +41,7 @@ def error_text(cell):
         error = cell["error"]
         if error is None:
             return f"{cell['value']:.4f}"
-        digits = max(4, digits_of(error)) if error else 4
+        digits = max(4, digits_of(error))
         return f"{cell['value']:.{digits}f} ± {error:.{digits}f}"
     if cell is None:
         return ""
@@ -82,8 +86,7 @@ def table_lines(tables, width=None):
     lines = []
     for table in tables:
         title = f"{table.title} ({table.note})" if table.note else table.title
-        title = title.replace("; bold: ", "; *: ")  # as a terminal shows it
-        lines += ["", *wrapped(title, width)]
+        lines += ["", *wrapped(title.replace(BOLD, STAR), width)]
         rows = [table.head, *table.rows] if any(table.head) else table.rows  # of text
         rows = [[f"*{cell}" if isinstance(cell, Best) else cell for cell in row] for row in rows]
         for i, part in enumerate(fitting_parts(rows, width)):
